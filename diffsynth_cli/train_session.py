@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
     from diffsynth_core.planning.plan import RunPlan
 
-NOT_IN_REAL_RUN = ("rehearse", "dry_run", "gpu_memory", "output_path", "device", "verbose")
-
 
 def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     """Run one `diffsynth train` command and return the exit code.
@@ -188,7 +186,7 @@ def _rehearse(session: Session, flags: dict[str, Any], reporter: ConsoleReporter
             _show_files(stage, rehearsal.checkpoint, rehearsal.result.folder, reporter)
             synthetic_media = rehearsal.synthetic_media
             reporter.close()
-    real = {name: value for name, value in flags.items() if name in SETTINGS and name not in NOT_IN_REAL_RUN}
+    real = {name: value for name, value in flags.items() if name in SETTINGS and SETTINGS[name].rehearsal != "own"}
     if synthetic_media:
         real["dataset_base_path"] = f"YOUR_{synthetic_media.upper()}"
     echo("The real run:")

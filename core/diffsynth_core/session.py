@@ -117,7 +117,7 @@ class Session:
             missing = plans[resolved.stage].missing if resolved.stage in plans else ()
             if not downloads_disabled():
                 missing = tuple(problem for problem in missing if not isinstance(problem, MissingFiles))
-            named = resolved.given("dataset_base_path") or resolved.given("dataset_metadata_path")
+            named = resolved.origin("dataset_base_path").is_given or resolved.origin("dataset_metadata_path").is_given
             return [problem for problem in missing if named or not isinstance(problem, MissingDataset)]
 
         return missing_in_one(_name_stages({resolved.stage: of_stage(resolved) for resolved in self.stages}))

@@ -46,12 +46,7 @@ def parameter_lines(plan: RunPlan) -> Iterator[str]:
     for name, setting in SETTINGS.items():
         value = getattr(plan.parameters, name)
         of_family = name in plan.family_defaults
-        if (value != setting.default_of(plan.model.facts.name) or of_family) and name not in (
-            "recipe",
-            "config",
-            "dry_run",
-            "verbose",
-        ):
+        if setting.listed and (value != setting.default_of(plan.model.facts.name) or of_family):
             origin = f" (default of {plan.model.facts.title})" if of_family else ""
             yield f"  {name:<28} {format_value(plain[name]).replace(',', ', ')}{origin}"
     if plan.parameters.recipe:

@@ -145,7 +145,7 @@ def test_every_option_in_both_spellings(parse, config, separator):
         option = f"--{name.replace('_', separator)}"
         arguments += [option] if name in FLAGS else [option, value]
     resolved = parse(*arguments)
-    assert resolved.origins == {name: f"`--{name}`" for name in SETTINGS}
+    assert {name: str(resolved.origin(name)) for name in SETTINGS} == {name: f"`--{name}`" for name in SETTINGS}
     assert not [problem for problem in resolved.problems if "is not a parameter" in problem.message]
     assert not resolved.invalid
 

@@ -153,7 +153,7 @@ def test_flags_go_before_config_before_recipe_before_default(parse, config):
     assert both.parameters.num_epochs == 2, "the recipe's own value stays"
     assert both.parameters.lora_target_modules == ("to_q",), "lists are replaced, not joined"
     assert str(both.parameters.output_path) == "mine"
-    assert both.origins["learning_rate"] == f"`{path}`"
+    assert str(both.origin("learning_rate")) == f"`{path}`"
 
 
 def test_a_config_can_extend_a_recipe(parse, config):

@@ -88,6 +88,8 @@ def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
 
 MAX_INTEGER = 2**53
 """Maximum of parameters without a bound of their own: floats, as JSON readers use them, are exact up to it."""
+REHEARSAL_AREA = 128 * 160
+"""Maximum area of images in a rehearsal, in pixels."""
 MAX_RATE = 1e30
 """Maximum of learning rate and weight decay: the optimizer divides by small numbers, and float32 ends at 3e38."""
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
@@ -145,6 +147,15 @@ Compared = Literal["value", "course", "dataset", "weights", "precision", "storag
 """
 
 
+Rehearsal = Literal["same", "removed", "own"]
+"""What a rehearsal makes of a parameter.
+
+- same: the value of the run, or a smaller one if it has a limit for rehearsals
+- removed: nothing, because it is about files for the real weights
+- own: the value for the rehearsal itself, which the command of the real run does not repeat
+"""
+
+
 def _setting(
     default: Any,
     group: str,
@@ -159,6 +170,11 @@ def _setting(
     family_defaults: Mapping[str, Any] | None = None,
     short: str | None = None,
     reads_data: bool = False,
+    for_video: bool = False,
+    in_recipes: bool = True,
+    listed: bool = True,
+    rehearsal: Rehearsal = "same",
+    rehearsal_limit: int | None = None,
     **constraints: Any,
 ) -> Any:
     """Declare one parameter.
@@ -175,6 +191,11 @@ def _setting(
         family_defaults: family -> default that replaces `default` there.
         short: letter of the short flag, as in `-v`.
         reads_data: whether it affects how a run reads its dataset, which makes it an option of `dataset validate` too.
+        for_video: whether it is about the length of clips or their frame rate.
+        in_recipes: whether a recipe may set it; some are about a single command, and a recipe is for all its runs.
+        listed: whether the full plan lists its value; some are about the plan itself.
+        rehearsal: what a rehearsal makes of it.
+        rehearsal_limit: the largest value in a rehearsal, unless a flag sets another; for sides: their product.
     """
     facts: dict[str, Any] = {
         "group": group,
@@ -187,6 +208,11 @@ def _setting(
         "family_defaults": dict(family_defaults or {}),
         "short": short,
         "reads_data": reads_data,
+        "for_video": for_video,
+        "in_recipes": in_recipes,
+        "listed": listed,
+        "rehearsal": rehearsal,
+        "rehearsal_limit": rehearsal_limit,
     }
     if type_name == "int":
         constraints.setdefault("le", MAX_INTEGER)
@@ -207,6 +233,8 @@ class Parameters(BaseModel):
         changes="nothing",
         documented=False,
         reads_data=True,
+        in_recipes=False,
+        listed=False,
     )
     config: FilePath | None = _setting(
         None,
@@ -216,6 +244,8 @@ class Parameters(BaseModel):
         changes="nothing",
         documented=False,
         reads_data=True,
+        in_recipes=False,
+        listed=False,
     )
     only: str | None = _setting(
         None,
@@ -225,6 +255,7 @@ class Parameters(BaseModel):
         changes="nothing",
         documented=False,
         reads_data=True,
+        in_recipes=False,
     )
     rehearse: bool = _setting(
         False,
@@ -233,6 +264,8 @@ class Parameters(BaseModel):
         "Run the whole training on tiny random weights with the same architecture and file layout, to test it before renting a GPU",
         changes="nothing",
         documented=False,
+        in_recipes=False,
+        rehearsal="own",
     )
     dry_run: bool = _setting(
         False,
@@ -241,6 +274,9 @@ class Parameters(BaseModel):
         "Check everything, print the plan, and exit before loading any weights",
         changes="nothing",
         documented=False,
+        in_recipes=False,
+        listed=False,
+        rehearsal="own",
     )
     verbose: bool = _setting(
         False,
@@ -250,6 +286,9 @@ class Parameters(BaseModel):
         changes="nothing",
         short="v",
         documented=False,
+        in_recipes=False,
+        listed=False,
+        rehearsal="own",
     )
     resume: Literal["auto"] | None = _setting(
         None,
@@ -258,6 +297,7 @@ class Parameters(BaseModel):
         "auto: resume the run in `output_path` from its latest complete state, or start it if there is none; default: refuse a folder that already contains a run",
         changes="nothing",
         documented=False,
+        in_recipes=False,
     )
     seed: Integer = _setting(
         0,
@@ -279,6 +319,7 @@ class Parameters(BaseModel):
         unit="optimizer steps",
         documented=False,
         ge=1,
+        rehearsal_limit=8,
     )
     gpu_memory: MemorySize | None = _setting(
         None,
@@ -287,6 +328,7 @@ class Parameters(BaseModel):
         "Memory of the target GPU, such as 24GB, or its name, such as 4090 or A100-40; the plan reports whether the run fits and, if not, which changes make it fit",
         changes="nothing",
         documented=False,
+        rehearsal="own",
     )
     device: str | None = _setting(
         None,
@@ -295,6 +337,7 @@ class Parameters(BaseModel):
         "cpu, cuda, cuda:1, mps …; default: the best available device",
         changes="speed",
         documented=False,
+        rehearsal="own",
     )
     mixed_precision: MixedPrecision | None = _setting(
         None,
@@ -401,6 +444,7 @@ class Parameters(BaseModel):
         unit="pixels",
         ge=16,
         reads_data=True,
+        rehearsal_limit=REHEARSAL_AREA,
     )
     width: Integer | None = _setting(
         None,
@@ -411,6 +455,7 @@ class Parameters(BaseModel):
         unit="pixels",
         ge=16,
         reads_data=True,
+        rehearsal_limit=REHEARSAL_AREA,
     )
     max_pixels: Integer = _setting(
         1048576,
@@ -421,6 +466,7 @@ class Parameters(BaseModel):
         unit="pixels",
         ge=256,
         reads_data=True,
+        rehearsal_limit=REHEARSAL_AREA,
     )
     num_frames: Integer = _setting(
         81,
@@ -432,6 +478,8 @@ class Parameters(BaseModel):
         families=("wan",),
         ge=1,
         reads_data=True,
+        for_video=True,
+        rehearsal_limit=9,
     )
     frame_rate: Number | None = _setting(
         None,
@@ -445,6 +493,7 @@ class Parameters(BaseModel):
         ge=0.1,
         le=1000,
         reads_data=True,
+        for_video=True,
     )
     clip_start: Literal["first", "middle", "random"] = _setting(
         "first",
@@ -455,6 +504,7 @@ class Parameters(BaseModel):
         families=("wan",),
         documented=False,
         reads_data=True,
+        for_video=True,
     )
 
     # model
@@ -587,6 +637,7 @@ class Parameters(BaseModel):
         "LoRA file to initialize the trained LoRA from, in any `lora_format` and of the same rank",
         changes="numbers",
         compared="state",
+        rehearsal="removed",
     )
     lora_format: LoraFormat = _setting(
         "diffsynth",
@@ -603,9 +654,15 @@ class Parameters(BaseModel):
         "LoRA file to merge into `preset_lora_model` before training, in any `lora_format`",
         changes="numbers",
         compared="weights",
+        rehearsal="removed",
     )
     preset_lora_model: str | None = _setting(
-        None, "lora", "str", "Component to merge the LoRA of `preset_lora_path` into", changes="numbers"
+        None,
+        "lora",
+        "str",
+        "Component to merge the LoRA of `preset_lora_path` into",
+        changes="numbers",
+        rehearsal="removed",
     )
 
     # gradient
@@ -643,6 +700,7 @@ class Parameters(BaseModel):
         "path",
         "Output folder of the run; default with a recipe or config file: `models/train/<its name>`; default of a rehearsal: a new folder below `rehearsals/`",
         changes="files",
+        rehearsal="own",
     )
     remove_prefix_in_ckpt: str = _setting(
         "pipe.dit.",
@@ -791,6 +849,11 @@ class Setting:
     choices: tuple[str, ...]
     help_text: str
     reads_data: bool
+    for_video: bool
+    in_recipes: bool
+    listed: bool
+    rehearsal: Rehearsal
+    rehearsal_limit: int | None
 
     def default_of(self, family: str | None) -> Any:
         """Return the default for a family."""
@@ -834,6 +897,11 @@ def _read_settings() -> Iterator[Setting]:
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
             reads_data=facts["reads_data"],
+            for_video=facts["for_video"],
+            in_recipes=facts["in_recipes"],
+            listed=facts["listed"],
+            rehearsal=facts["rehearsal"],
+            rehearsal_limit=facts["rehearsal_limit"],
         )
 
 

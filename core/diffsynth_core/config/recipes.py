@@ -28,7 +28,7 @@ STAGE_KEYS = {
 """Key of a stage -> its description in the JSON schema."""
 STAGE_NAME = r"[a-z0-9][a-z0-9_-]*"
 """Pattern of stage names. Each names a folder, so it is in lower case: some file systems ignore case."""
-NOT_IN_RECIPES = frozenset({"recipe", "config", "only", "rehearse", "dry_run", "verbose", "resume"})
+NOT_IN_RECIPES = frozenset(name for name, setting in SETTINGS.items() if not setting.in_recipes)
 """Parameters of a single command, not allowed in a recipe, which describes all runs that use it."""
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,17 +13,14 @@ from pydantic import ValidationError
 from diffsynth_core.config.arguments import StrayWord, unknown_arguments
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.config.gpu_memory import nearest_memory
+from diffsynth_core.config.origins import DEFAULT, Kind, Origin, Source, levels_of, merge, rank_sources
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.recipes import Overrides, Recipe, load_config, load_recipe
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, report, suggest
 
-COMMAND_LINE = "command line"
-"""Name of the command line as a source of values."""
 ALIGN, LORA_FORMAT, ALIGNED_FORMAT = "align_to_opensource_format", "lora_format", "kohya"
 """`align_to_opensource_format`, a switch of DiffSynth-Studio, is equivalent to `lora_format` = `kohya`."""
-ConfigSource = tuple[str, Overrides]
-"""Name of a source for reports, and its values."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,9 @@ class Resolved:
     Attributes:
         invalid: names of parameters with a wrong value, which are at their default so that later checks can continue.
         incomplete: a recipe or config file is missing, so that more values may be missing too.
-        origins: name -> source of the value, for parameters that are set.
+        origins: name -> where the value comes from, for parameters that are set.
         stage: None if there are no stages.
         family_defaults: names of parameters that are at a default of this family only.
-        levels: name -> rank of the source by precedence; flags have the highest.
     """
 
     parameters: Parameters
@@ -44,28 +40,27 @@ class Resolved:
     problems: tuple[Problem, ...]
     invalid: frozenset[str]
     incomplete: bool
-    origins: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
     stage: str | None = None
     family_defaults: tuple[str, ...] = ()
-    levels: Mapping[str, int] = field(default_factory=dict)
 
-    def given(self, name: str) -> bool:
-        """Return whether a flag, a file or a recipe sets the parameter."""
-        return name in self.origins
+    def origin(self, name: str) -> Origin:
+        """Return where the value of a parameter comes from."""
+        return self.origins.get(name, DEFAULT)
 
     def with_defaults_of(self, family: str) -> "Resolved":
         """Return a copy with the defaults of a family for all parameters that are not set."""
         changed = {
             name: setting.default_of(family)
             for name, setting in SETTINGS.items()
-            if family in setting.family_defaults and name not in self.origins
+            if family in setting.family_defaults and not self.origin(name).is_given
         }
         parameters = self.parameters.model_copy(update=changed)
         return replace(self, parameters=parameters, family_defaults=tuple(changed))
 
     def takes_precedence(self, name: str, other: str) -> bool:
         """Return whether `name` was set in a source that takes precedence over the source of `other`."""
-        return self.levels.get(name, -1) > self.levels.get(other, -1)
+        return self.origin(name).rank > self.origin(other).rank
 
 
 def resolve(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> Resolved:
@@ -98,13 +93,17 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
         incomplete = incomplete or not valueless.isdisjoint({"config", "recipe"})
         if not (config or recipe):  # a stray word may be the recipe: do not report what else is missing
             incomplete = incomplete or any(isinstance(problem, StrayWord) for problem in problems)
-        sources: list[ConfigSource] = []
+        layers: list[tuple[Kind, str, Overrides]] = []
         stages: list[str] = []
-        for loaded, origin in ((recipe, f"recipe `{flags.get('recipe')}`"), (config, f"`{flags.get('config')}`")):
+        files: tuple[tuple[Kind, str, Recipe | None], ...] = (
+            ("recipe", f"recipe `{flags.get('recipe')}`", recipe),
+            ("config", f"`{flags.get('config')}`", config),
+        )
+        for kind, source, loaded in files:
             if loaded:
-                sources += [(origin, layer) for layer in loaded.layers]
+                layers += [(kind, source, layer) for layer in loaded.layers]
                 stages += [name for name in loaded.stages if name not in stages]
-        sources.append((COMMAND_LINE, Overrides(flags)))
+        sources = rank_sources([*layers, ("flag", "command line", Overrides(flags))])
         chosen = _choose_stages(flags.get("only"), stages, incomplete)
         report(*([] if flags.get("only") else _conflicts(sources, chosen)))
     named = flags.get("recipe") or (config.name if config else None)
@@ -117,7 +116,7 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
 
 
 def _resolve_one(
-    sources: Sequence[ConfigSource],
+    sources: Sequence[Source],
     stage: str | None,
     named: str | None,
     family: str | None,
@@ -126,48 +125,27 @@ def _resolve_one(
     valueless: AbstractSet[str],
 ) -> Resolved:
     """Resolve one stage, or a run without stages; `valueless` names flags without a value, reported already."""
-    values, origins = _merge(sources, stage)
+    values, origins = merge(sources, stage)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
-    misspelt = _settle_lora_format(_levels(sources, stage), values, origins)
+    misspelt = _settle_lora_format(levels_of(sources, stage), values, origins)
     parameters, invalid, faults = _validate(values, origins)
     invalid |= valueless
     faults += misspelt
     if stage:
         # A folder set in the stage itself is used as is; any other is the parent of the folders of all stages.
-        of_stage = origins.get("output_path", "").endswith(_of_stage(stage))
+        of_stage = origins.get("output_path", DEFAULT).stage == stage
         folder = parameters.output_path if of_stage else parameters.output_path / stage
         parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
     consequences = _cross_problems(parameters, invalid)
     consequences += parameters_of_other_families(parameters, family, origins) if family else []
     faults += independent_problems(consequences, invalid)
-    levels = {name: rank for rank, (_, level) in enumerate(_levels(sources, stage)) for name in level}
-    resolved = Resolved(
-        parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage, levels=levels
-    )
+    resolved = Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
     return resolved.with_defaults_of(family) if family else resolved
 
 
-def _levels(sources: Sequence[ConfigSource], stage: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the sources by increasing precedence: the name of each for reports, and its values."""
-    for origin, layer in sources:
-        yield origin, layer.parameters
-        yield f"{origin}{_of_stage(stage)}", layer.stages.get(stage or "", {})
-
-
-def _merge(sources: Sequence[ConfigSource], stage: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of all sources, later ones overriding earlier ones, and the origin of each."""
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, level in _levels(sources, stage):
-        for name, value in level.items():
-            values[name] = value
-            origins[name] = f"`--{name}`" if origin == COMMAND_LINE else origin
-    return values, origins
-
-
 def _settle_lora_format(
-    levels: Iterable[tuple[str, Mapping[str, Any]]], values: dict[str, Any], origins: dict[str, str]
+    levels: Iterable[tuple[Origin, Mapping[str, Any]]], values: dict[str, Any], origins: dict[str, Origin]
 ) -> list[Problem]:
     """Reconcile the two spellings of the LoRA format: the source with the highest precedence wins; in one source both
     must agree.
@@ -191,11 +169,6 @@ def _settle_lora_format(
     return problems
 
 
-def _of_stage(stage: str | None) -> str:
-    """Return the suffix of an origin for a value that belongs to one stage."""
-    return f", stage `{stage}`"
-
-
 def _choose_stages(only: str | None, stages: list[str], incomplete: bool) -> list[str]:
     """Return the stages to run; all of them if the requested one is unknown."""
     if only is None or only in stages:
@@ -210,21 +183,21 @@ def _choose_stages(only: str | None, stages: list[str], incomplete: bool) -> lis
     return stages
 
 
-def _conflicts(sources: Sequence[ConfigSource], stages: Sequence[str]) -> list[Problem]:
+def _conflicts(sources: Sequence[Source], stages: Sequence[str]) -> list[Problem]:
     """Return the values for all stages that would override what sources of lower precedence set differently per stage.
 
     `output_path` is exempt: it is the parent folder of the stages.
     """
     found: dict[str, Problem] = {}
-    for rank, (origin, layer) in enumerate(sources):
-        below = {stage: _merge(sources[:rank], stage)[0] for stage in stages}
-        for name in layer.parameters:
+    for number, source in enumerate(sources):
+        below = {stage: merge(sources[:number], stage)[0] for stage in stages}
+        for name in source.values.parameters:
             before = [_read(name, values.get(name, SETTINGS[name].default)) for values in below.values()]
             same = all(value == before[0] for value in before)
-            if same or name == "output_path" or all(name in layer.stages.get(stage, {}) for stage in stages):
+            if same or name == "output_path" or all(name in source.values.stages.get(stage, {}) for stage in stages):
                 continue
             listed = f"{', '.join(stages[:-1])} and {stages[-1]}"
-            shown = f"`--{name}`" if origin == COMMAND_LINE else origin
+            shown = f"`--{name}`" if source.origin.kind == "flag" else source.origin
             found[name] = Problem(
                 f"`{name}` differs between the stages {listed} ({shown})",
                 "select one of them with `--only`",
@@ -277,7 +250,7 @@ def _load_quietly(load: Any, name: Any) -> Recipe | None:
     return loaded
 
 
-def _validate(values: dict[str, Any], origins: Mapping[str, str]) -> tuple[Parameters, set[str], list[Problem]]:
+def _validate(values: dict[str, Any], origins: Mapping[str, Origin]) -> tuple[Parameters, set[str], list[Problem]]:
     """Return the parameters, the names of wrong ones (which are at their default), and their problems."""
     try:
         return Parameters.model_validate(values), set(), []
@@ -289,7 +262,7 @@ def _validate(values: dict[str, Any], origins: Mapping[str, str]) -> tuple[Param
             if name in invalid:
                 continue
             invalid.add(name)
-            problems.append(_value_problem(name, values.get(name), detail, origins.get(name, "default")))
+            problems.append(_value_problem(name, values.get(name), detail, origins.get(name, DEFAULT)))
         kept = {name: value for name, value in values.items() if name not in invalid}
         return Parameters.model_validate(kept), invalid, problems
 
@@ -309,7 +282,7 @@ def _is_nan(value: Any) -> bool:
         return False
 
 
-def _value_problem(name: str, value: Any, detail: Any, origin: str) -> Problem:
+def _value_problem(name: str, value: Any, detail: Any, origin: Origin) -> Problem:
     expected = SETTINGS[name].type_words
     if detail["type"] in _BOUNDS and not _is_nan(value):
         words, key = _BOUNDS[detail["type"]]
@@ -385,7 +358,7 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
     return problems
 
 
-def parameters_of_other_families(parameters: Parameters, family: str, origins: Mapping[str, str]) -> list[Problem]:
+def parameters_of_other_families(parameters: Parameters, family: str, origins: Mapping[str, Origin]) -> list[Problem]:
     """Return the parameters that are set but do not apply to this family."""
     return [
         Problem(

@@ -51,7 +51,7 @@ def template_of(name: str) -> str:
 
 def _given(resolved: Resolved) -> Values:
     """Return the plain values that the recipe sets for a stage."""
-    return {name: value for name, value in as_plain(resolved.parameters).items() if resolved.origins.get(name, "")}
+    return {name: value for name, value in as_plain(resolved.parameters).items() if resolved.origin(name).is_given}
 
 
 def _shared_values(stages: Iterable[Resolved]) -> Values:

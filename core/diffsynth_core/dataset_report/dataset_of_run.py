@@ -46,7 +46,7 @@ def choose_stage(stages: Sequence[Resolved]) -> Resolved:
         FaultsFound: if stages read data differently, or nothing names a dataset.
     """
     first = stages[0]
-    if not first.problems and not first.given("dataset_base_path"):
+    if not first.problems and not first.origin("dataset_base_path").is_given:
         hint = "pass its folder: `diffsynth dataset validate PATH`"
         raise FaultsFound([Problem("no dataset given", hint, wrong_use=True)])
     for name, setting in SETTINGS.items():

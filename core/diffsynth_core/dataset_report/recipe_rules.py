@@ -51,7 +51,7 @@ def _without_family(resolved: Resolved) -> list[Problem]:
     names = [
         name
         for name, setting in SETTINGS.items()
-        if resolved.given(name) and (setting.families or name in ("extra_inputs", "task"))
+        if resolved.origin(name).is_given and (setting.families or name in ("extra_inputs", "task"))
     ]
     return [
         Problem(

@@ -128,7 +128,7 @@ def make_plan(
         no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
         report_missing(*no_dataset)
         samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter)
-        if task.encodes and not found and "dataset_base_path" in resolved.origins:
+        if task.encodes and not found and resolved.origin("dataset_base_path").is_given:
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
         report(*(shape_faults(found) if found else []))
@@ -170,10 +170,11 @@ def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
 
     A rehearsal uses small images on purpose.
     """
-    origin = resolved.origins.get("dataset_base_path", "the default")
+    origin = resolved.origin("dataset_base_path")
     rehearsal = resolved.parameters.rehearse
-    if samples.samples and not rehearsal and (origin == "the default" or origin.startswith("recipe ")):
-        what = f"dataset: `{resolved.parameters.dataset_base_path}` ({origin.replace('recipe ', 'default of recipe ')})"
+    if samples.samples and not rehearsal and origin.kind in ("default", "recipe"):
+        shown = f"default of {origin}" if origin.is_given else origin
+        what = f"dataset: `{resolved.parameters.dataset_base_path}` ({shown})"
         yield Problem(what, "set yours with `--dataset_base_path`")
     for warning in samples.warnings:
         if not (rehearsal and warning.code in ("IMAGE_UPSCALED", "IMAGE_LOW_RESOLUTION")):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.documents import format_value
-from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS, Task
 from diffsynth_core.data.encoded_samples import (
@@ -22,18 +22,17 @@ from diffsynth_core.models.spec import FamilyFacts, Variant
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.progress import pluralize, verb
 
-IMAGE_SIZES = ("height", "width", "max_pixels")
-"""Parameters that determine the size of images."""
-VIDEO_SIZES = (*IMAGE_SIZES, "num_frames", "frame_rate", "clip_start")
-"""Parameters that determine the size and length of clips."""
 UNSET: tuple[Any, ...] = (None, (), [])
 """Values of a parameter that is not set, as in Python and in JSON."""
 
 
 def size_parameters(parameters: Parameters, variant: Variant) -> dict[str, Any]:
     """Return the parameters that determine the size and length at which samples are encoded."""
-    names = VIDEO_SIZES if variant.target.kind == "video" else IMAGE_SIZES
-    return {name: getattr(parameters, name) for name in names}
+    return {
+        name: getattr(parameters, name)
+        for name, setting in SETTINGS.items()
+        if setting.group == "size" and (variant.target.kind == "video" or not setting.for_video)
+    }
 
 
 def encoder_versions(variant: Variant) -> dict[str, list[Any]]:
@@ -183,7 +182,7 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
             wrong_use=True,
         )
         for name, value in made.items()
-        if resolved.given(name) and not resolved.origins[name].startswith("recipe ")
+        if resolved.origin(name).kind in ("config", "flag")
         if getattr(parameters, name) != value
     ]
 

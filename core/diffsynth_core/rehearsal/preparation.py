@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.synthetic_images import draw_images
@@ -19,18 +20,10 @@ from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.progress import Reporter
 from diffsynth_core.rehearsal.tiny_models import WEIGHTS_VERSION, family_of, named_models, swap_models, variant_of
 
-REHEARSAL_STEPS = 8
-"""Number of steps, unless `max_steps` is set."""
-REHEARSAL_PIXELS = 128 * 160
-"""Maximum area, to which fixed sizes are scaled down."""
 REHEARSAL_FACTOR = 32
 """Divisor of the sides; every model accepts multiples of it."""
-REHEARSAL_FRAMES = 9
-"""Maximum number of frames."""
 SYNTHETIC_REFERENCES = 2
 """Maximum number of reference images in a synthetic row."""
-REAL_LORAS = {"lora_checkpoint": ("lora_checkpoint",), "preset_lora_path": ("preset_lora_path", "preset_lora_model")}
-"""Parameters with LoRA files for the real weights -> parameters that are removed with them."""
 
 
 def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
@@ -49,22 +42,23 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
         base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
         changes = swap_models(parameters, named, facts, base)
         columns = TASKS[parameters.task].columns
-        if columns and not resolved.given("dataset_base_path"):
+        if columns and not resolved.origin("dataset_base_path").is_given:
             what = f"the synthetic dataset of a rehearsal has no columns {', '.join(columns)}, which `{parameters.task}` requires"
             report(Problem(what, "pass a dataset that has them as `--dataset_base_path`", wrong_use=True))
         incomplete = bool(problems)
-        for name in REAL_LORAS:
-            if getattr(parameters, name):
-                what = f"`{name}` requires the real weights and cannot be rehearsed"
-                report(Problem(what, "remove it for the rehearsal", wrong_use=True))
-                changes |= dict.fromkeys(REAL_LORAS[name])
+        for name, setting in SETTINGS.items():
+            if setting.rehearsal == "removed" and getattr(parameters, name):
+                changes[name] = None
+                if setting.type_name == "path":
+                    what = f"`{name}` requires the real weights and cannot be rehearsed"
+                    report(Problem(what, "remove it for the rehearsal", wrong_use=True))
     if parameters.max_steps is None:
-        changes["max_steps"] = REHEARSAL_STEPS
+        changes["max_steps"] = SETTINGS["max_steps"].rehearsal_limit
     variant = variant_of(named, facts, parameters.extra_inputs)
     changes |= _reduced_size(resolved, variant, reporter)
-    if not resolved.given("dataset_base_path"):
+    if not resolved.origin("dataset_base_path").is_given:
         changes["dataset_base_path"] = _draw(folder, variant)
-    if not is_flag(resolved, "output_path"):
+    if resolved.origin("output_path").kind != "flag":
         changes["output_path"] = Path("rehearsals") / "next"
     return replace(
         resolved,
@@ -72,11 +66,6 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
         problems=(*resolved.problems, *problems),
         incomplete=incomplete,
     ), base
-
-
-def is_flag(resolved: Resolved, name: str) -> bool:
-    """Return whether a parameter was set on the command line."""
-    return resolved.origins.get(name, "") == f"`--{name}`"
 
 
 def _draw(folder: Path, variant: Variant) -> Path:
@@ -94,16 +83,22 @@ def _draw(folder: Path, variant: Variant) -> Path:
 def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:
     """Return smaller sizes and areas for all that are not set on the command line, and report the changes."""
     now = resolved.parameters
+    limits = {
+        name: setting.rehearsal_limit
+        for name, setting in SETTINGS.items()
+        if setting.group == "size" and setting.rehearsal_limit and resolved.origin(name).kind != "flag"
+        if variant.target.kind == "video" or not setting.for_video
+    }
     changes: dict[str, object] = {}
-    if now.height and now.width and not (is_flag(resolved, "height") or is_flag(resolved, "width")):
-        scale = min(1.0, math.sqrt(REHEARSAL_PIXELS / (now.height * now.width)))
-        for name, side in (("height", now.height), ("width", now.width)):
-            changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
-    scaled = not (now.height and now.width) or any(not shown.aligned for shown in variant.conditions)
-    if scaled and now.max_pixels > REHEARSAL_PIXELS and not is_flag(resolved, "max_pixels"):
-        changes["max_pixels"] = REHEARSAL_PIXELS
-    if variant.target.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not is_flag(resolved, "num_frames"):
-        changes["num_frames"] = REHEARSAL_FRAMES
+    area, other = limits.pop("height", None), limits.pop("width", None)
+    if now.height and now.width:
+        if area and other:  # neither side is set on the command line
+            scale = min(1.0, math.sqrt(area / (now.height * now.width)))
+            for name, side in (("height", now.height), ("width", now.width)):
+                changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
+        if all(shown.aligned for shown in variant.conditions):  # nothing is scaled to an area
+            limits.pop("max_pixels", None)
+    changes |= {name: limit for name, limit in limits.items() if getattr(now, name) > limit}
     if changes:
         said = ", ".join(f"`{name}` {value} (instead of {getattr(now, name)})" for name, value in changes.items())
         reporter.info(f"The rehearsal runs at a small size: {said}; pass the flag to use another")

@@ -16,7 +16,7 @@ from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.output import REPEAT_REHEARSAL
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import Reporter, pluralize
-from diffsynth_core.rehearsal.preparation import REHEARSAL_STEPS, is_flag, prepare
+from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.rehearsal.proofs import prove_checkpoint
 from diffsynth_core.training.loop import RunResult, train
 from diffsynth_core.training.stop import StopRequest
@@ -52,10 +52,9 @@ def rehearse(
         DiffSynthError: if a check fails.
     """
     prepared, base = prepare(resolved, reporter)
-    steps = prepared.parameters.max_steps or REHEARSAL_STEPS
     plan = _settle_output(make_plan(prepared, reporter, base=base), resolved)
     announce(plan)
-    half = min(steps, plan.data.steps.total_steps) // 2
+    half = plan.data.steps.total_steps // 2
     proofs = [
         f"loaded {pluralize(len(plan.model.components), 'component')} with tiny weights from the real file layout: {', '.join(plan.model.components)}"
     ]
@@ -74,21 +73,21 @@ def rehearse(
         proofs.append("the resumed run read all encodings from the cache and loaded no encoder")
     result = train(resumed, reporter, stop)
     proofs += prove_checkpoint(resumed, result)
-    synthetic_media = None if resolved.given("dataset_base_path") else f"{plan.model.variant.target.kind}s"
+    synthetic_media = None if resolved.origin("dataset_base_path").is_given else f"{plan.model.variant.target.kind}s"
     return Rehearsal(result, tuple(proofs), synthetic_media)
 
 
 def how_to_repeat(resolved: Resolved) -> str:
     """Return the hint after an interrupted rehearsal: a folder set with `--output_path` may contain its first steps."""
     folder = resolved.parameters.output_path
-    if is_flag(resolved, "output_path") and read_record(folder):
+    if resolved.origin("output_path").kind == "flag" and read_record(folder):
         return REPEAT_REHEARSAL.format(folder=folder)
     return "rerun the command"
 
 
 def _settle_output(plan: RunPlan, resolved: Resolved) -> RunPlan:
     """Return the plan with a new output folder, unless one is set on the command line."""
-    if is_flag(resolved, "output_path"):
+    if resolved.origin("output_path").kind == "flag":
         return plan
     name = resolved.parameters.recipe or plan.model.facts.name
     name += f"-{resolved.stage}" if resolved.stage else ""

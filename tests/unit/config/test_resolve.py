@@ -18,7 +18,7 @@ def test_without_anything_all_values_are_the_defaults():
     resolved = resolve({})
     assert resolved.parameters == Parameters()
     assert (resolved.family, resolved.problems, resolved.invalid, resolved.incomplete) == (None, (), frozenset(), False)
-    assert not resolved.given("lora_rank")
+    assert not resolved.origin("lora_rank").is_given
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_flags_go_before_the_file_before_the_recipe_before_the_default(
     resolved = resolve(flags)
     assert resolved.problems == ()
     assert resolved.parameters.lora_rank == rank
-    assert resolved.origins.get("lora_rank") == (origin.format(config=path) if origin else None)
-    assert resolved.given("lora_rank") == bool(origin)
+    assert str(resolved.origin("lora_rank")) == (origin.format(config=path) if origin else "the default")
+    assert resolved.origin("lora_rank").is_given == bool(origin)
 
 
 def test_each_value_comes_from_the_nearest_source_that_has_it(config):
@@ -79,7 +79,7 @@ def test_the_family_comes_from_the_file_or_the_recipe(config, flags, text, famil
 def test_a_recipe_has_an_output_folder_of_its_own(flags, output):
     resolved = resolve(flags)
     assert resolved.parameters.output_path == Path(output)
-    assert resolved.given("output_path") == ("output_path" in flags)
+    assert resolved.origin("output_path").is_given == ("output_path" in flags)
 
 
 def test_wrong_values_fall_back_to_the_default_and_are_told_once_each(says, config):
@@ -280,7 +280,7 @@ def test_a_stage_and_a_file_that_extends_another_are_nearer(config, monkeypatch)
     )
     one, two = resolve_stages({"config": path})
     assert (one.problems, one.parameters.lora_format, two.parameters.lora_format) == ((), "diffusers", "kohya")
-    assert two.origins["lora_format"] == f"`{path}`"
+    assert str(two.origin("lora_format")) == f"`{path}`"
 
     layers = (Overrides({"align_to_opensource_format": True}), Overrides({"lora_format": "diffusers"}))
     extended = Recipe("extended", "", "flux", layers)
@@ -330,7 +330,7 @@ CHECKPOINTING = "use_gradient_checkpointing"
 def test_a_family_may_have_a_default_of_its_own(config, family, given, value, of_family):
     resolved = resolve({"config": config(f"family: {family}\nparameters:\n  lora_rank: 4\n{given}\n")})
     assert (resolved.parameters.use_gradient_checkpointing, resolved.family_defaults) == (value, of_family)
-    assert resolved.given(CHECKPOINTING) == bool(given) and not resolved.problems
+    assert resolved.origin(CHECKPOINTING).is_given == bool(given) and not resolved.problems
 
 
 def test_a_flag_goes_over_the_default_of_a_family(config):

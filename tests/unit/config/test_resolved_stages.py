@@ -60,7 +60,7 @@ def test_each_stage_has_its_values_and_its_folder(config):
     assert values_of(stages, "learning_rate") == [2e-4, 2e-4]
     assert values_of(stages, "num_epochs") == [3, 3] and values_of(stages, "lora_rank") == [4, 4]
     assert values_of(stages, "output_path") == [Path("models/train/run/high"), Path("models/train/run/low")]
-    assert stages[0].origins["learning_rate"] == f"`{path}`, stage `high`"
+    assert str(stages[0].origin("learning_rate")) == f"`{path}`, stage `high`"
     assert stages[0].family == "qwen-image"
 
 
