@@ -72,7 +72,8 @@ class Session:
 
         Problems with their values are raised by `plan`, together with all others.
         """
-        return cls(resolve_stages(parameters), reporter)
+        stages = resolve_stages(parameters)
+        return cls([replace(one, problems=(*one.problems, *_launch_problems(one))) for one in stages], reporter)
 
     def plan(self, without_files: bool = False, reporter: Reporter | None = None) -> Plans:
         """Plan all stages, so that their problems come in one report; completed stages are left out.
@@ -235,6 +236,15 @@ class Session:
         result = train(plan, self.reporter, stop)
         written = result.record.checkpoints  # only the record of the first process lists them
         return StageResult(stage, plan, result.folder, result.folder / written[-1].file if written else None)
+
+
+def _launch_problems(resolved: Resolved) -> list[Problem]:
+    """The problems of parameters that only the command follows, because they are about starting processes."""
+    parameters = resolved.parameters
+    asked = {"num_processes": (parameters.num_processes or 1) > 1, "accelerate_config": parameters.accelerate_config}
+    what = "`{name}` has no effect in a session, which trains in the process that it is called in"
+    hint = "remove it, or train with `diffsynth train`, which starts the processes"
+    return [Problem(what.format(name=name), hint, wrong_use=True) for name, value in asked.items() if value]
 
 
 def _name_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]:

@@ -9,15 +9,14 @@ from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.files import free_bytes, model_base_path
 from diffsynth_core.planning.fitting import MemoryFit, find_fit
 from diffsynth_core.planning.memory import (
-    MemoryConfig,
     TrainingMemory,
     device_memory,
     disk_use,
     download_bytes,
     host_memory,
-    memory_config,
     unknown_parts,
 )
+from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import ASSUMED_CAPTION, Workload, find_workload
 from diffsynth_core.progress import format_bytes, format_memory, pluralize

@@ -16,13 +16,8 @@ from diffsynth_cli.text.plan import (
 )
 from diffsynth_core.files import disk_id, free_bytes
 from diffsynth_core.hub.model_files import MissingFiles
-from diffsynth_core.planning.memory import (
-    count_trained,
-    device_and_precision,
-    device_memory,
-    download_bytes,
-    host_memory,
-)
+from diffsynth_core.planning.memory import count_trained, device_memory, download_bytes, host_memory
+from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import format_bytes, format_count, format_memory, pluralize
 

@@ -18,13 +18,8 @@ from torch.utils._pytree import tree_leaves
 from diffsynth_core.models.loading import build_empty
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
-from diffsynth_core.planning.memory import (
-    count_parameters,
-    device_memory,
-    disk_use,
-    memory_config,
-    training_memory,
-)
+from diffsynth_core.planning.memory import count_parameters, device_memory, disk_use, training_memory
+from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import find_workload, sizes_of_sample

@@ -38,6 +38,27 @@ def test_the_five_lines_of_the_documentation_train(tiny_models, photographs, mon
     assert result.checkpoint.exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"num_processes": 2}, ["num_processes"]),
+        ({"accelerate_config": "ddp"}, ["accelerate_config"]),
+        ({"num_processes": 3, "accelerate_config": "ddp"}, ["num_processes", "accelerate_config"]),
+        ({"num_processes": 1}, []),
+    ],
+)
+def test_processes_that_a_session_does_not_start_are_refused(tmp_path, given, refused):
+    session = Session.of(recipe="qwen-image-lora", dataset_base_path=str(tmp_path / "missing"), device="cpu", **given)
+    if not refused:
+        assert session.plan(without_files=True)
+        return
+    with pytest.raises(FaultsFound) as caught:
+        session.plan(without_files=True)
+    found = caught.value.problems[: len(refused)]  # then what is missing
+    assert [problem.message.split("`")[1] for problem in found] == refused
+    assert all("diffsynth train" in (problem.hint or "") for problem in found)
+
+
 def test_stages_start_when_their_results_are_asked_for(tiny_models, photographs, staged, monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_models))
     session = Session.of(config=str(staged), dataset_base_path=str(photographs), output_path="out")

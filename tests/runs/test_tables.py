@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.memory import device_memory, memory_config, state_bytes
+from diffsynth_core.planning.memory import device_memory, state_bytes
+from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.optimizers import OPTIMIZERS, OptimizerSpec
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload

@@ -11,13 +11,13 @@ from diffsynth_core.models.activation_cache import StepActivations, remembered
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.spec import EncoderFacts, is_below
+from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
 
 if TYPE_CHECKING:
     from diffsynth_core.models.activation_memory import MeasuredComponent
     from diffsynth_core.models.family import Family
     from diffsynth_core.models.prepare import ComponentSetup
-    from diffsynth_core.planning.memory import MemoryConfig
 
 MEASURED_BLOCKS = 3
 """Blocks of each kind that are built of a transformer: the first, one for all between, and the last."""
@@ -50,7 +50,7 @@ def trainable_weights(plan: RunPlan, name: str, weights: Collection[str]) -> fro
     return frozenset(weight for weight in asked if not is_below(weight, dead))
 
 
-def step_activations(plan: RunPlan, config: "MemoryConfig") -> StepActivations:
+def step_activations(plan: RunPlan, config: MemoryConfig) -> StepActivations:
     """What the largest micro-batch of a step keeps for its backward pass."""
     names = step_components(plan)
     parts = {name: _part(plan, name, config) for name in sorted(names)}
@@ -79,7 +79,7 @@ def step_activations(plan: RunPlan, config: "MemoryConfig") -> StepActivations:
     return remembered(question, StepActivations, measure)
 
 
-def encoder_activations(plan: RunPlan, component: str, config: "MemoryConfig") -> int:
+def encoder_activations(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     """Bytes that a frozen VAE works with at its fullest while it encodes the largest sample; 0 for other encoders."""
     encoders = [
         encoder for encoder in plan.model.variant.encoders if encoder.component == component and encoder.latents
@@ -176,7 +176,7 @@ def _constructor_settings(plan: RunPlan, family: "Family", component: str) -> di
     return dict(config) | dict(files.settings)
 
 
-def _part(plan: RunPlan, component: str, config: "MemoryConfig") -> Any:
+def _part(plan: RunPlan, component: str, config: MemoryConfig) -> Any:
     """All that a component's part in a step depends on, as JSON."""
     training = plan.training
     lora = [training.lora_modules, config.rank] if component == training.lora_component else None
@@ -184,7 +184,7 @@ def _part(plan: RunPlan, component: str, config: "MemoryConfig") -> Any:
     return [_identity(plan, component), lora, whole, training.parts.get(component), component in config.float8]
 
 
-def _measured(plan: RunPlan, family: "Family", component: str, config: "MemoryConfig") -> "MeasuredComponent":
+def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryConfig) -> "MeasuredComponent":
     """A component for the measurement, with as few blocks as tell of all."""
     from diffsynth_core.models.activation_memory import MeasuredComponent
     from diffsynth_core.models.family import frozen_dtype

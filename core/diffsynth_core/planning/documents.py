@@ -11,7 +11,7 @@ from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.files import write_text
 from diffsynth_core.planning.fitting import MemoryFit, find_fit
-from diffsynth_core.planning.memory import memory_config
+from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter, format_memory

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from shlex import quote
 
-from diffsynth_core.planning.memory import MemoryConfig, device_memory
+from diffsynth_core.planning.memory import device_memory
+from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import shrink
 from diffsynth_core.progress import pluralize

@@ -12,7 +12,7 @@ from diffsynth_core.config.choices import COMPUTE_DTYPES
 from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
-from diffsynth_core.models.size_facts import BYTES, StepSizes
+from diffsynth_core.models.size_facts import BYTES
 from diffsynth_core.planning.activations import (
     encoder_activations,
     measured_encoders,
@@ -20,6 +20,7 @@ from diffsynth_core.planning.activations import (
     step_components,
     trainable_weights,
 )
+from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import components_of
@@ -29,23 +30,6 @@ from diffsynth_core.weights.base_files import FLOAT8
 GRADIENT_BYTES = 4
 PREFETCHED = 2
 """Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """What of a run its memory depends on, and what may be chosen otherwise.
-
-    `device`: cuda, which stands for all accelerators, or cpu.
-    `rank`: that of the LoRA. `float8`: components whose weights are kept in 8-bit floats.
-    """
-
-    device: str
-    precision: str
-    rank: int
-    recompute: bool
-    offload: bool
-    float8: frozenset[str]
-    sizes: StepSizes
 
 
 @dataclass(frozen=True)
@@ -120,25 +104,6 @@ class DeviceMemory:
     @property
     def peak(self) -> int:
         return max([part.total for part in self.encoding] + ([self.training.total] if self.training else []), default=0)
-
-
-def device_and_precision(plan: RunPlan) -> tuple[str, str]:
-    """What a run is estimated for: the CPU where that is asked for; else an accelerator, whatever this machine has, in
-    bf16 unless `mixed_precision` is given."""
-    parameters = plan.parameters
-    if parameters.device and parameters.device.partition(":")[0] == "cpu":
-        return "cpu", plan.machine.mixed_precision
-    return "cuda", parameters.mixed_precision or "bf16"
-
-
-def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
-    """What a plan says."""
-    parameters = plan.parameters
-    device, precision = device_and_precision(plan)
-    offload = parameters.use_gradient_checkpointing_offload
-    kept = frozenset(name for name, files in plan.model.components.items() if files.float8)
-    recompute = parameters.use_gradient_checkpointing or offload
-    return MemoryConfig(device, precision, parameters.lora_rank, recompute, offload, kept, sizes)
 
 
 def device_memory(plan: RunPlan, config: MemoryConfig) -> DeviceMemory:

@@ -13,7 +13,6 @@ from diffsynth_core.planning.memory import (
     PREFETCHED,
     DeviceMemory,
     EncodingMemory,
-    MemoryConfig,
     checkpoint_bytes,
     count_checkpoints,
     count_trained,
@@ -21,11 +20,11 @@ from diffsynth_core.planning.memory import (
     disk_use,
     encoding_memory,
     host_memory,
-    memory_config,
     most_states,
     state_bytes,
     training_memory,
 )
+from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import Workload, find_workload, shrink
 from diffsynth_core.planning.states_on_disk import state_problems

@@ -1,0 +1,42 @@
+"""What of a run its memory depends on. No torch."""
+
+from dataclasses import dataclass
+
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.planning.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What of a run its memory depends on, and what may be chosen otherwise.
+
+    `device`: cuda, which stands for all accelerators, or cpu.
+    `rank`: that of the LoRA. `float8`: components whose weights are kept in 8-bit floats.
+    """
+
+    device: str
+    precision: str
+    rank: int
+    recompute: bool
+    offload: bool
+    float8: frozenset[str]
+    sizes: StepSizes
+
+
+def device_and_precision(plan: RunPlan) -> tuple[str, str]:
+    """What a run is estimated for: the CPU where that is asked for; else an accelerator, whatever this machine has, in
+    bf16 unless `mixed_precision` is given."""
+    parameters = plan.parameters
+    if parameters.device and parameters.device.partition(":")[0] == "cpu":
+        return "cpu", plan.machine.mixed_precision
+    return "cuda", parameters.mixed_precision or "bf16"
+
+
+def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
+    """What a plan says."""
+    parameters = plan.parameters
+    device, precision = device_and_precision(plan)
+    offload = parameters.use_gradient_checkpointing_offload
+    kept = frozenset(name for name, files in plan.model.components.items() if files.float8)
+    recompute = parameters.use_gradient_checkpointing or offload
+    return MemoryConfig(device, precision, parameters.lora_rank, recompute, offload, kept, sizes)
