@@ -1,7 +1,7 @@
 """One training step of every family on tiny weights, with components in 8-bit floats, or rounded to their values."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from diffsynth_core.adapters.lora import lora_layers
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.models.loading import build_empty, float8_weights
+from diffsynth_core.models.loading import build_empty, stored_layers
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.weight_store import STORES
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
@@ -73,12 +74,11 @@ def _settle(model: TrainingModule) -> None:
 
 def round_weights(plan: RunPlan, component: str, module: nn.Module) -> int:
     """Round in place the weights that would be stored in 8-bit floats; return their number."""
-    files = replace(plan.model.components[component], float8=True)
-    family = load_family(plan.model.facts.name)
-    narrow = float8_weights(family, files, build_empty(family, files))
+    family, files = load_family(plan.model.facts.name), plan.model.components[component]
+    narrow = stored_layers(family.facts.component(component), build_empty(family, files), STORES["float8"])
     parameters = {name.replace(".base_layer.", "."): value for name, value in module.named_parameters()}
     for name in narrow:
-        weight = parameters[name].data
+        weight = parameters[f"{name}.weight"].data
         weight.copy_(weight.to(torch.float8_e4m3fn).to(weight.dtype))
     return len(narrow)
 

@@ -35,6 +35,7 @@ class Counting(Engine):
     """An engine made of another: it counts what the loop asks of it."""
 
     calls: ClassVar[list[str]] = []
+    placed: ClassVar[set[tuple[int, str]]] = set()
 
     def __init__(self, accelerator, max_grad_norm) -> None:
         self._inner = ReplicatedEngine(accelerator, max_grad_norm)
@@ -43,7 +44,13 @@ class Counting(Engine):
         Counting.calls.append(name)
         return getattr(self._inner, name)(*arguments)
 
+    def place(self, component, name, tensor):
+        Counting.placed.add((id(component), name))
+        self._inner.place(component, name, tensor)
+
     def prepare(self, model, make_optimizer):
+        for component in model.components.values():
+            assert {(id(component), name) for name, _ in component.named_parameters()} <= Counting.placed
         return self._called("prepare", model, make_optimizer)
 
     def forward_backward(self, micro_batch, weight, last):

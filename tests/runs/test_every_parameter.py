@@ -279,7 +279,7 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
     class Loaded(Exception):
         pass
 
-    def load(plan, family, component, dtype, device, reporter):
+    def load(plan, family, component, dtype, device, *_):
         raise Loaded(device.type)
 
     monkeypatch.setattr(model, "load_for_run", load)
@@ -287,7 +287,7 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
     monkeypatch.setattr(
         loop,
         "build_training_module",
-        lambda plan, encodings, family, device, reporter: real(plan, encodings, family, torch.device("cuda"), reporter),
+        lambda plan, encodings, family, device, *rest: real(plan, encodings, family, torch.device("cuda"), *rest),
     )
     outcome = cli("train", *RECIPE, *SHORT, "--dataset_base_path", photographs, "--output_path", "out", *flags)
     assert f"internal error: Loaded: {expected}" in outcome.err

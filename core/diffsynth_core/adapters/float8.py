@@ -72,7 +72,7 @@ class Float8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.compute_dtype = compute_dtype
-        self.stored = nn.Parameter(weight.to(FLOAT8, copy=True).view(torch.uint8), requires_grad=False)
+        self.stored = nn.Parameter(to_bytes(weight), requires_grad=False)
         self.register_buffer("scale", scale, persistent=False)
         self.bias = layer.bias
         self.train(layer.training)
@@ -84,6 +84,11 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return _LinearOfStored.apply(input, self.stored, self.scale, self.bias, self.compute_dtype)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def to_bytes(weight: Tensor) -> Tensor:
+    """Round a weight for which `fits` holds to 8-bit floats; returns their bytes, uint8, in new memory."""
+    return weight.to(FLOAT8, copy=True).view(torch.uint8)
 
 
 def float8_layers(model: nn.Module) -> frozenset[str]:

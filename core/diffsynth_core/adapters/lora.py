@@ -7,6 +7,7 @@ It still has one LoRA. Each of them has its rows of B, and all of them share A, 
 gradients, as in `[Bq; Bk; Bv] A`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.deltas import module_delta
+from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.progress import pluralize
@@ -38,9 +40,9 @@ class LoraWeights:
 
 
 def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, public_keys: KeyMap = SAME_NAMES) -> None:
-    """Put a fresh LoRA on modules of a model; only the LoRA takes gradients.
+    """Put a fresh LoRA on modules of a model; only the LoRA and what took gradients before take gradients.
 
-    The initial weights of a module depend only on the seed and its public name.
+    On a model on the meta device the LoRA is too, until `start_lora`.
 
     Args:
         modules: public names.
@@ -55,9 +57,10 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, pub
     own_names = {module: public_keys.to_targets(module) or () for module in modules}
     targets = [own for names in own_names.values() for own in names]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, targets)), lora_dropout=0.0)
-    empty = all(parameter.is_meta for parameter in model.parameters())
+    device = next(model.parameters()).device
     try:
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=empty)
+        # On the meta device, so that peft neither initializes the LoRA nor gives it the dtype of the base.
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
         raise DiffSynthError(
             f"cannot add a LoRA to these modules: {error}",
@@ -70,26 +73,46 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, pub
             f"{len(missing)} of {len(targets)} LoRA target modules do not exist: {list_names(missing)}",
             "choose modules of the model in `--lora_target_modules`",
         )
-    for module, names in own_names.items():
-        _start([layers[own] for own in names], seed, module)
+    for first, *others in own_names.values():
+        for other in others:
+            # The same module in all of them, not a copy: autograd then sums the gradients of A, and optimizers see it
+            # once.
+            layers[other].lora_A[ADAPTER] = layers[first].lora_A[ADAPTER]
     for name, parameter in model.named_parameters():
         # peft freezes everything that is not LoRA; what was to be trained in full still is.
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
+    if device.type != "meta":
+        start_lora(model, seed, public_keys, device)
 
 
-def _start(layers: Sequence[Any], seed: int, name: str) -> None:
-    """Initialize one LoRA on the layers of one public module, which share A."""
-    shared = layers[0].lora_A[ADAPTER].to(torch.float32)
-    a = shared.weight
-    generator = torch.Generator().manual_seed(key_of("lora", seed, name))
-    bound = a[0].numel() ** -0.5
-    with torch.no_grad():
-        if not a.is_meta:
-            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-    for layer in layers:
-        # The same module in all of them, not a copy: autograd then sums the gradients of A, and optimizers see it once.
-        layer.lora_A[ADAPTER] = shared
-        nn.init.zeros_(layer.lora_B[ADAPTER].to(torch.float32).weight)
+def start_lora(
+    model: nn.Module,
+    seed: int,
+    public_keys: KeyMap = SAME_NAMES,
+    device: torch.device | None = None,
+    place: Place = place,
+) -> None:
+    """Give the LoRA of a model its initial weights, in float32 on this device (the CPU if there is none).
+
+    Those of a module depend only on the seed and its public name.
+    """
+    layers = lora_layers(model)
+    for module in public_keys.to_sources(layers):
+        names = public_keys.to_targets(module) or ()
+        shape = layers[names[0]].lora_A[ADAPTER].weight.shape
+        bound = math.prod(shape[1:]) ** -0.5
+        generator = torch.Generator().manual_seed(key_of("lora", seed, module))
+        a = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        place(model, f"{names[0]}.lora_A.{ADAPTER}.weight", a.to(device))
+        for name in names:
+            b = torch.zeros(layers[name].lora_B[ADAPTER].weight.shape, device=device)
+            place(model, f"{name}.lora_B.{ADAPTER}.weight", b)
+
+
+def base_layers(model: nn.Module) -> dict[str, str]:
+    """The names of a model's modules without LoRA -> their names now: a layer with a LoRA is `<name>.base_layer`."""
+    # A layer with a LoRA comes before its base layer, which takes its place here.
+    return {name.removesuffix(".base_layer"): name for name, _ in model.named_modules()}
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

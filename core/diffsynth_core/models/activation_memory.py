@@ -18,13 +18,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode  # no public module has it
 from torch.utils._pytree import tree_leaves
 
+from diffsynth_core.adapters.tensors import place
 from diffsynth_core.models.activation_cache import StepActivations
 from diffsynth_core.models.autocast import Autocast
 from diffsynth_core.models.family import Family
-from diffsynth_core.models.loading import place, store_in_float8, tie
+from diffsynth_core.models.loading import swap_layers, tie
 from diffsynth_core.models.prepare import ComponentSetup, prepare_component
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import EncoderFacts, Variant
+from diffsynth_core.models.weight_store import STORES
 
 Owner = tuple[str, int]
 """Which of a list of blocks something belongs to: the list by component and name, and the place in it."""
@@ -212,14 +214,13 @@ def _build(family: Family, name: str, component: MeasuredComponent) -> nn.Module
         module = family.build(name, component.config)
     module.eval().requires_grad_(False)
     facts = family.facts.component(name)
-    if component.float8:
-        store_in_float8(facts, module, component.dtype)
+    swap_layers(facts, module, STORES["float8" if component.float8 else "plain"], component.dtype)
     prepare_component(family, name, module, component.setup)
     for weight, parameter in list(module.named_parameters()):
         wide = parameter.requires_grad or weight in component.float32 or facts.stays_float32(weight)
         if parameter.is_floating_point():
             dtype = torch.float32 if wide else component.dtype
-            place(module, weight, parameter.detach().to(dtype), parameter.requires_grad)
+            place(module, weight, parameter.detach().to(dtype))
     for buffer, tensor in list(module.named_buffers()):
         place(module, buffer, tensor.to("meta"))
     tie(module)

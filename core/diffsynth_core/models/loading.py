@@ -1,15 +1,18 @@
-"""Loading components: the module is built on the meta device, checked by shape, and filled tensor by tensor."""
+"""Loading components: the module is built and prepared on the meta device, and filled tensor by tensor."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.float8 import FLOAT8, LARGEST, Float8Linear, fits, float8_layers
+from diffsynth_core.adapters.lora import base_layers, start_lora
+from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.bases import part_of, shapes_in
 from diffsynth_core.models.family import Family
+from diffsynth_core.models.prepare import FROZEN, ComponentSetup, prepare_component
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles
+from diffsynth_core.models.weight_store import STORES, WeightStore
 from diffsynth_core.progress import Reporter, format_bytes, pluralize
 from diffsynth_core.weights.tensors import dequantize, iterate_weights
 
@@ -96,21 +99,26 @@ def load_component(
     dtype: torch.dtype,
     device: torch.device,
     reporter: Reporter,
+    *,
     change: WeightChange | None = None,
     float32: Collection[str] = (),
+    setup: ComponentSetup = FROZEN,
+    place: Place = place,
 ) -> nn.Module:
-    """Load a component, frozen and in eval mode.
+    """Load a component in eval mode, prepared for training steps as its setup says.
 
-    Each tensor is read, converted and moved separately, so that there is never a second copy of the model in memory.
-    Buffers keep their own dtype, because a rotary table rounded to bfloat16 is off by up to half a radian; so do
-    weights in the family's `fp32_modules`. For files with `float8`, the weights of `float8_layers` are stored in
-    8-bit floats, except for those outside the range, which is reported. Weights that the files store in 8-bit floats
-    with a scale per row or per tensor keep both; those with other scales are dequantized first.
+    The order is the same for all engines: the module is built and prepared on the meta device, then filled. Each tensor
+    is read, converted and placed separately, so that there is never a second copy of the model in memory. Buffers keep
+    their own dtype, because a rotary table rounded to bfloat16 is off by up to half a radian; so do weights in the
+    family's `fp32_modules`. The weight store of the files keeps what it can of the weights of its layers, and the rest
+    is reported. Weights that the files store with a scale per row or per tensor keep both if the store does; otherwise
+    they are dequantized first.
 
     Args:
-        dtype: dtype of the weights, and of the computation with 8-bit weights.
+        dtype: dtype of the weights, and of the computation with weights that the store keeps.
         change: applied to each tensor before it is loaded.
         float32: module keys of weights to load in float32.
+        place: sets each tensor of the module.
 
     Raises:
         FaultsFound: if names or shapes do not match the configuration.
@@ -118,46 +126,108 @@ def load_component(
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
     facts = family.facts.component(files.component)
-    in_float8 = float8_weights(family, files, module)
-    buffers = {name for name, _ in module.named_buffers()}
-    part = part_of(files)
-    label = f"Loading {files.component} ({format_bytes(part.nbytes)})"
-    with reporter.task(label, len(part.tensors), "tensors") as task:
-        for key, stored, scale in iterate_weights(part):
-            if scale is not None and not change and _keeps_scale(files, in_float8, key, stored, scale):
-                for name, (value, rows) in _cut_stored(files, key, stored, scale).items():
-                    _store(module, name, value, dtype, device, rows)
-                task.advance()
-                continue
-            tensor = stored if scale is None else dequantize(stored, scale)
-            for name, value in files.layout.names.split(key, tensor).items():
-                wide = name in float32 or facts.stays_float32(name)
-                kept = torch.float32 if wide else dtype
-                changed = change(name, value, kept) if change else value
-                if name in in_float8 and fits(changed):
-                    _store(module, name, changed, dtype, device)
-                else:
-                    # A copy: a view of the file's memory would tie the model to a file that may be overwritten.
-                    placed_dtype = None if name in buffers else kept
-                    place(module, name, changed.to(device=device, dtype=placed_dtype, copy=True))
-            task.advance()
-    beyond = sorted(in_float8 & {name for name, _ in module.named_parameters()})
-    if beyond:
+    store = STORES["float8" if files.float8 else "plain"]
+    buffers = frozenset(name for name, _ in module.named_buffers())
+    facts = family.facts.component(files.component)
+    replaced = swap_layers(facts, module, store, dtype)
+    prepare_component(family, files.component, module, setup)
+
+    def dtype_of(name: str) -> torch.dtype | None:
+        if name in buffers:
+            return None
+        return torch.float32 if name in float32 or facts.stays_float32(name) else dtype
+
+    filler = _Filler(module, store, replaced, device, place)
+    _fill(filler, files, dtype_of, change, reporter)
+    if filler.rejected:
         reporter.info(
-            f"{files.component}: {pluralize(len(beyond), 'weight')} outside ±{LARGEST:g}, the fp8 range, "
-            f"kept in {str(dtype).removeprefix('torch.')}: {list_names(beyond)}"
+            f"{files.component}: {pluralize(len(filler.rejected), 'weight')} {store.rejects}, "
+            f"kept in {str(dtype).removeprefix('torch.')}: {list_names(sorted(filler.rejected))}"
         )
+    start_lora(module, setup.seed, setup.public_keys, device, place)
     tie(module)
     return module.to(device)
 
 
-def _keeps_scale(files: ComponentFiles, in_float8: Collection[str], key: str, stored: Tensor, scale: Tensor) -> bool:
-    """Return whether a weight of the files stays in the 8-bit floats in which it is stored.
+def _fill(
+    filler: "_Filler",
+    files: ComponentFiles,
+    dtype_of: Callable[[str], torch.dtype | None],
+    change: WeightChange | None,
+    reporter: Reporter,
+) -> None:
+    part, names = part_of(files), files.layout.names
+    label = f"Loading {files.component} ({format_bytes(part.nbytes)})"
+    with reporter.task(label, len(part.tensors), "tensors") as task:
+        for key, stored, scale in iterate_weights(part):
+            if scale is not None and not change and filler.keeps_scale(names.to_targets(key) or (), stored, scale):
+                for name, (value, rows) in _cut_stored(files, key, stored, scale).items():
+                    filler.store(name, value, rows)
+            else:
+                tensor = stored if scale is None else dequantize(stored, scale)
+                for name, value in names.split(key, tensor).items():
+                    dtype = dtype_of(name)
+                    changed = change(name, value, dtype or value.dtype) if change else value
+                    if not (filler.has_place(name) and filler.store(name, changed)):
+                        filler.put(name, changed, dtype)
+            task.advance()
 
-    That requires one scale per row, and that it consists of complete weights for 8-bit storage.
-    """
-    names = files.layout.names.to_targets(key) or ()
-    return stored.dtype == FLOAT8 and scale.shape[1] == 1 and bool(names) and set(names) <= set(in_float8)
+
+class _Filler:
+    """Fills a prepared module on the meta device; names are those of before it was prepared."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        store: WeightStore,
+        replaced: Mapping[str, nn.Linear],
+        device: torch.device,
+        place: Place,
+    ) -> None:
+        self._module, self._store, self._device, self._place = module, store, device, place
+        self._replaced = {f"{name}.weight": layer for name, layer in replaced.items()}
+        self._paths = base_layers(module)
+        self.rejected: list[str] = []
+        """Weights that the store cannot keep."""
+
+    def put(self, name: str, value: Tensor, dtype: torch.dtype | None) -> None:
+        """Set a tensor; None: in its own dtype."""
+        # A copy: a view of the file's memory would tie the model to a file that may be overwritten.
+        self._set(name, value.to(device=self._device, dtype=dtype, copy=True))
+
+    def has_place(self, name: str) -> bool:
+        """Return whether a tensor is a weight in a layer of the store."""
+        return name in self._replaced
+
+    def keeps_scale(self, names: Collection[str], stored: Tensor, scale: Tensor) -> bool:
+        """Return whether the store keeps a weight of the files as it is stored.
+
+        That requires one scale per row, and that it consists of complete weights in layers of the store.
+        """
+        kept = scale.shape[1] == 1 and self._store.keeps_scale(stored.dtype)
+        return kept and bool(names) and set(names) <= self._replaced.keys()
+
+    def store(self, name: str, weight: Tensor, scale: Tensor | None = None) -> bool:
+        """Have the store keep a weight in its layer; return False, and put the former layer back, if it cannot."""
+        packed = self._store.pack(weight.to(self._device), None if scale is None else scale.to(self._device))
+        if packed is None:
+            self.rejected.append(name)
+            self._restore(name)
+            return False
+        for leaf, tensor in packed.items():
+            self._set(f"{name.removesuffix('weight')}{leaf}", tensor)
+        return True
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        layer, _, leaf = name.rpartition(".")
+        self._place(self._module, f"{self._paths[layer]}.{leaf}".removeprefix("."), tensor)
+
+    def _restore(self, name: str) -> None:
+        plain, path = self._replaced[name], self._paths[name.removesuffix(".weight")]
+        swapped = self._module.get_submodule(path)
+        assert isinstance(swapped, nn.Linear)
+        plain.bias = swapped.bias
+        self._module.set_submodule(path, plain)
 
 
 def _cut_stored(files: ComponentFiles, key: str, stored: Tensor, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -165,54 +235,33 @@ def _cut_stored(files: ComponentFiles, key: str, stored: Tensor, scale: Tensor) 
     of_rows = scale.repeat_interleave(len(stored) // len(scale), 0)
     scales = files.layout.names.split(key, of_rows)
     pieces = files.layout.names.split(key, stored.view(torch.uint8))  # few operations support 8-bit floats
-    return {name: (piece.view(FLOAT8), scales[name]) for name, piece in pieces.items()}
+    return {name: (piece.view(stored.dtype), scales[name]) for name, piece in pieces.items()}
 
 
-def store_in_float8(facts: ComponentFacts, module: nn.Module, dtype: torch.dtype) -> None:
-    """Store the suitable weights of an empty module in 8-bit floats, to be computed with in `dtype`."""
-    for layer in float8_layers(module):
-        name = f"{layer}.weight"
-        if not facts.stays_float32(name):
-            _store(module, name, module.get_parameter(name), dtype, torch.device("meta"))
+def swap_layers(
+    facts: ComponentFacts, module: nn.Module, store: WeightStore, dtype: torch.dtype
+) -> dict[str, nn.Linear]:
+    """Put the layers of a store, which compute in `dtype`, into a module on the meta device; return those that they
+    replace, by name.
+    """
+    replaced: dict[str, nn.Linear] = {}
+    for name in stored_layers(facts, module, store):
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        replaced[name] = layer
+        module.set_submodule(name, store.empty_layer(layer, dtype))
+    return replaced
 
 
-def float8_weights(family: Family, files: ComponentFiles, module: nn.Module) -> frozenset[str]:
-    """Return the names of the weights of an empty module to store in 8-bit floats."""
-    if not files.float8:
-        return frozenset()
-    facts = family.facts.component(files.component)
-    weights = (f"{layer}.weight" for layer in float8_layers(module))
-    return frozenset(name for name in weights if not facts.stays_float32(name))
+def stored_layers(facts: ComponentFacts, module: nn.Module, store: WeightStore) -> frozenset[str]:
+    """Return the names of the linear layers of a component whose weights a store keeps."""
+    return frozenset(name for name in store.layers(module) if not facts.stays_float32(f"{name}.weight"))
 
 
 def tie(module: nn.Module) -> None:
     """Tie shared tensors again: filling or moving them separates them."""
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # type: ignore[operator]
-
-
-def place(module: nn.Module, name: str, value: Tensor, requires_grad: bool = False) -> None:
-    """Set a tensor of a module, as its parameter or buffer."""
-    parent_name, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(parent_name)
-    is_parameter = isinstance(getattr(parent, leaf), nn.Parameter)
-    setattr(parent, leaf, nn.Parameter(value, requires_grad) if is_parameter else value)
-
-
-def _store(
-    module: nn.Module,
-    name: str,
-    value: Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
-    scale: Tensor | None = None,
-) -> None:
-    """Replace the linear layer of a weight with one that stores it in 8-bit floats."""
-    layer_name = name.removesuffix(".weight")
-    layer = module.get_submodule(layer_name)
-    assert isinstance(layer, nn.Linear)
-    rows = None if scale is None else scale.to(device, copy=True)
-    module.set_submodule(layer_name, Float8Linear(layer, value.to(device), dtype, rows))
 
 
 def stored_dtypes(files: ComponentFiles) -> dict[str, str]:

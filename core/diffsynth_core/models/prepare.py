@@ -27,10 +27,14 @@ class ComponentSetup:
     checkpointing: bool = False
 
 
+FROZEN = ComponentSetup()
+"""Of a component that takes no gradients."""
+
+
 def prepare_component(family: Family, component: str, module: nn.Module, setup: ComponentSetup) -> None:
     """Prepare a component for training steps, in place.
 
-    The weights may be loaded or on the meta device; layers in 8-bit floats are in place already (models/loading.py).
+    The weights may be loaded or on the meta device; layers of a weight store are in place already (models/loading.py).
 
     Raises:
         DiffSynthError: as `add_lora`.

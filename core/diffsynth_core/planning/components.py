@@ -293,7 +293,8 @@ def shape_faults(found: ModelPlan) -> list[Problem]:
 
 def float8_shares(found: ModelPlan) -> dict[str, float | None]:
     """Return component -> fraction of its weights that 8-bit storage applies to; None: unknown."""
-    from diffsynth_core.models.loading import build_empty, float8_weights
+    from diffsynth_core.models.loading import build_empty, stored_layers
+    from diffsynth_core.models.weight_store import STORES
 
     family = load_family(found.facts.name)
     shares: dict[str, float | None] = {}
@@ -304,7 +305,8 @@ def float8_shares(found: ModelPlan) -> dict[str, float | None]:
         elif files.float8:
             module = build_empty(family, files)
             sizes = {weight: parameter.numel() for weight, parameter in module.named_parameters()}
-            shares[name] = sum(sizes[weight] for weight in float8_weights(family, files, module)) / sum(sizes.values())
+            layers = stored_layers(found.facts.component(name), module, STORES["float8"])
+            shares[name] = sum(sizes[f"{layer}.weight"] for layer in layers) / sum(sizes.values())
     return shares
 
 

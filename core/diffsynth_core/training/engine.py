@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffsynth_core.adapters.tensors import place
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, restore_state, state_of
 from diffsynth_core.training.loader import MicroBatch
@@ -23,6 +24,12 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 class Engine(ABC):
     """Trains a module whose forward pass is the loss of each sample of a micro-batch, `[B]` float32."""
+
+    @abstractmethod
+    def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
+        """Set a parameter or buffer of a component, on the meta device until then, to what this process keeps of a
+        whole tensor.
+        """
 
     @abstractmethod
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
@@ -82,6 +89,9 @@ class ReplicatedEngine(Engine):
 
     def __init__(self, accelerator: Accelerator, max_grad_norm: float | None) -> None:
         self._accelerator, self._limit = accelerator, max_grad_norm
+
+    def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
+        place(component, name, tensor)
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
         self._trained: dict[str, nn.Parameter] = model.trained()

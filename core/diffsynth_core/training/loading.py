@@ -1,43 +1,56 @@
 """Components as a run starts from them: their files, and the preset LoRA merged into the weights of one of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.deltas import open_deltas
 from diffsynth_core.adapters.merge import MAX_SILENT_ERROR, RelativeError, Workspace, merge_rows
+from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Family
-from diffsynth_core.models.loading import load_component, module_shapes
-from diffsynth_core.planning.model_plan import FusedLora
+from diffsynth_core.models.loading import WeightChange, load_component, module_shapes
+from diffsynth_core.models.prepare import FROZEN, ComponentSetup
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter
 
 
 def load_for_run(
-    plan: RunPlan, family: Family, component: str, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    plan: RunPlan,
+    family: Family,
+    component: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    reporter: Reporter,
+    setup: ComponentSetup = FROZEN,
+    place: Place = place,
 ) -> nn.Module:
-    """A component in `dtype`, or float32 where it trains, on `device`, frozen and in eval mode.
+    """Return a component in `dtype`, or float32 where it trains, on `device`, in eval mode; see `load_component`.
 
-    The preset LoRA is merged where it is for it.
+    If the preset LoRA is for this component, it is merged.
 
     Raises:
         FaultsFound: as `load_component`.
     """
-    if plan.model.fused_lora is None or plan.model.fused_lora.component != component:
-        fp32_params = _fp32_params(plan, component)
-        return load_component(family, plan.model.components[component], dtype, device, reporter, float32=fp32_params)
-    return _load_merged(plan, plan.model.fused_lora, family, dtype, device, reporter)
-
-
-def _fp32_params(plan: RunPlan, component: str) -> frozenset[str]:
-    """The weights that train: in fewer bits most steps would not move them."""
     files = plan.model.components[component]
-    return plan.training.weights(component, files.layout, module_shapes(files))
+    # The weights that train: in fewer bits most steps would not move them.
+    float32 = plan.training.weights(component, files.layout, module_shapes(files))
+    with _merged_lora(plan, component, dtype, reporter) as change:
+        return load_component(
+            family, files, dtype, device, reporter, change=change, float32=float32, setup=setup, place=place
+        )
 
 
-def _load_merged(
-    plan: RunPlan, fused_lora: FusedLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
-) -> nn.Module:
-    files = plan.model.components[fused_lora.component]
+@contextmanager
+def _merged_lora(
+    plan: RunPlan, component: str, dtype: torch.dtype, reporter: Reporter
+) -> Iterator[WeightChange | None]:
+    """Yield what merges the preset LoRA into the weights of a component; None if it is not for this component."""
+    fused_lora, files = plan.model.fused_lora, plan.model.components[component]
+    if fused_lora is None or fused_lora.component != component:
+        yield None
+        return
     error = RelativeError()
     with open_deltas(fused_lora.file, fused_lora.shapes, files.layout.public_keys) as deltas:
 
@@ -49,12 +62,10 @@ def _load_merged(
             error.add(RelativeError(squared, delta.squared_norm))
             return result.reshape(value.shape)
 
-        fp32_params = _fp32_params(plan, fused_lora.component)
-        module = load_component(family, files, dtype, device, reporter, merged, fp32_params)
-    reporter.info(f"Preset LoRA `{fused_lora.file.path}` merged into {fused_lora.changes} of {files.component}")
+        yield merged
+    reporter.info(f"Preset LoRA `{fused_lora.file.path}` merged into {fused_lora.changes} of {component}")
     if error.value > MAX_SILENT_ERROR:
         reporter.warn(
-            f"rounding to {str(dtype).removeprefix('torch.')} loses {error.value:.0%} of the change of {files.component} by the "
-            f"preset LoRA; `--mixed_precision no` preserves it"
+            f"rounding to {str(dtype).removeprefix('torch.')} loses {error.value:.0%} of the change of {component} by "
+            "the preset LoRA; `--mixed_precision no` preserves it"
         )
-    return module

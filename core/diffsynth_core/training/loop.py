@@ -110,9 +110,10 @@ def _open_run(
     _check_identities(plan, encodings)
     fill_cache(plan, encodings, family, accelerator, reporter, stop)
     stop.raise_if_set()
-    model = build_training_module(plan, encodings, family, accelerator.device, reporter)
+    engine = make_engine(accelerator, plan.parameters.max_grad_norm)
+    model = build_training_module(plan, encodings, family, accelerator.device, reporter, engine.place)
     stop.raise_if_set()
-    return Run(plan, encodings, model, accelerator, reporter, make_engine, observers)
+    return Run(plan, encodings, model, accelerator, reporter, engine, observers)
 
 
 def make_accelerator(plan: RunPlan) -> Accelerator:
@@ -161,14 +162,13 @@ class Run:
         model: TrainingModule,
         accelerator: Accelerator,
         reporter: Reporter,
-        make_engine: MakeEngine,
+        engine: Engine,
         observers: Sequence[Observer],
     ) -> None:
         self.plan, self.encodings, self.accelerator, self.reporter = plan, encodings, accelerator, reporter
         self.folder = plan.parameters.output_path
-        self.model = model
-        self.engine = make_engine(accelerator, plan.parameters.max_grad_norm)
-        self.engine.prepare(model, partial(OPTIMIZERS[plan.training.optimizer].build, plan.parameters))
+        self.model, self.engine = model, engine
+        engine.prepare(model, partial(OPTIMIZERS[plan.training.optimizer].build, plan.parameters))
         self.observers = list(observers)
         self.done = self.saved = plan.output.start.first_step
         """Step of the current weights, and of the latest state on disk."""

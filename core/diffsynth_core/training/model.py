@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import load_lora
+from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
-from diffsynth_core.models.prepare import prepare_component
 from diffsynth_core.planning.activations import component_setup
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import RunPlan
@@ -85,11 +85,16 @@ class TrainingModule(nn.Module):
 
 
 def build_training_module(
-    plan: RunPlan, encodings: EncodingsPlan, family: Family, device: torch.device, reporter: Reporter
+    plan: RunPlan,
+    encodings: EncodingsPlan,
+    family: Family,
+    device: torch.device,
+    reporter: Reporter,
+    place: Place = place,
 ) -> TrainingModule:
     """Load what a step needs: the denoiser, the other step components, and every component that trains.
 
-    Weights that train are float32, LoRA too; the others keep the run's precision.
+    Weights that train are float32, LoRA too; the others keep the run's precision. `place` sets each of them.
     """
     training, settings = plan.training, plan.parameters
     components: dict[str, nn.Module] = {}
@@ -101,11 +106,9 @@ def build_training_module(
             *plan.model.variant.step_components,
         ):
             continue
-        module = load_for_run(plan, family, name, frozen_dtype(plan.machine.mixed_precision), load_device, reporter).to(
-            device
-        )
-        parameters = [parameter_name for parameter_name, _ in module.named_parameters()]
-        prepare_component(family, name, module, component_setup(plan, name, parameters, settings.lora_rank))
+        setup = component_setup(plan, name, plan.model.shapes[name], settings.lora_rank)
+        dtype = frozen_dtype(plan.machine.mixed_precision)
+        module = load_for_run(plan, family, name, dtype, load_device, reporter, setup, place).to(device)
         if name == training.lora_component and settings.lora_checkpoint:
             naming = plan.model.facts.component(name).lora_naming
             filled = load_lora(module, settings.lora_checkpoint, naming, plan.model.components[name].layout.public_keys)

@@ -1,0 +1,16 @@
+"""Tensors of a module, set by name."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Place = Callable[[nn.Module, str, Tensor], None]
+"""(module, name, tensor): sets a parameter or buffer, which may be on the meta device until then."""
+
+
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer of a module; a parameter takes gradients if the one before did."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    before = getattr(parent, leaf)
+    setattr(parent, leaf, nn.Parameter(tensor, before.requires_grad) if isinstance(before, nn.Parameter) else tensor)

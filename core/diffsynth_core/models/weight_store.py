@@ -1,0 +1,80 @@
+"""Weight stores: how the frozen weights of a component are kept. Their facts need no torch."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class WeightStore:
+    """Keeps every weight as it is in its layer: in float32 where it trains, else in the dtype of the run.
+
+    Others put layers of their own in the place of linear layers.
+
+    Attributes:
+        bytes_per_weight: in its own layers; None: none has any.
+        trains: whether a component kept so can train other than by a LoRA.
+        rejects: which weights it cannot keep, in words.
+    """
+
+    bytes_per_weight: float | None = None
+    trains = True
+    rejects = ""
+
+    def layers(self, module: "nn.Module") -> frozenset[str]:
+        """Return the names of the linear layers of a module that it puts its own in the place of."""
+        return frozenset()
+
+    def empty_layer(self, layer: "nn.Linear", dtype: "torch.dtype") -> "nn.Linear":
+        """Return its own layer, which computes in `dtype`, for a layer on the meta device; they share the bias."""
+        return layer
+
+    def pack(self, weight: "Tensor", scale: "Tensor | None" = None) -> "Mapping[str, Tensor] | None":
+        """Return the tensors of its own layer for a weight, by name, in new memory; None if it cannot keep the weight,
+        whose layer then stays as it was.
+
+        Args:
+            weight: `[out, in]`, of any floating-point dtype.
+            scale: factor of each row, `[out, 1]` float32, of weights for which `keeps_scale` holds; else None.
+        """
+        return None
+
+    def keeps_scale(self, stored: "torch.dtype") -> bool:
+        """Return whether it keeps weights that files store in a dtype, with a scale for each row, without change."""
+        return False
+
+
+class Float8Store(WeightStore):
+    """Keeps the weights of linear layers in blocks in 8-bit floats (adapters/float8.py)."""
+
+    bytes_per_weight = 1.0
+    trains = False  # they are so coarse that most steps would not change them
+    rejects = "outside ±448, the fp8 range"
+
+    def layers(self, module: "nn.Module") -> frozenset[str]:
+        from diffsynth_core.adapters.float8 import float8_layers
+
+        return float8_layers(module)
+
+    def empty_layer(self, layer: "nn.Linear", dtype: "torch.dtype") -> "nn.Linear":
+        from diffsynth_core.adapters.float8 import Float8Linear
+
+        return Float8Linear(layer, layer.weight, dtype)
+
+    def pack(self, weight: "Tensor", scale: "Tensor | None" = None) -> "Mapping[str, Tensor] | None":
+        from diffsynth_core.adapters.float8 import fits, to_bytes
+
+        if scale is not None:
+            return {"stored": to_bytes(weight), "scale": scale.clone()}
+        return {"stored": to_bytes(weight)} if fits(weight) else None
+
+    def keeps_scale(self, stored: "torch.dtype") -> bool:
+        from diffsynth_core.adapters.float8 import FLOAT8
+
+        return stored == FLOAT8
+
+
+STORES: dict[str, WeightStore] = {"plain": WeightStore(), "float8": Float8Store()}
+"""Name -> weight store."""
