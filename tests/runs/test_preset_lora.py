@@ -179,7 +179,7 @@ def test_a_full_training_starts_from_the_merged_weights(tiny, tmp_path):
     plan = make_plan(resolved, SilentReporter(), base=tiny.base)
     loop.train(plan, SilentReporter(), StopRequest())
     base = tiny.plan(output_path=tmp_path / "x")
-    files = base.components["dit"]
+    files = base.model.components["dit"]
     own = load(base).state_dict()
     put(base, module := load(base), first)
     written = load_file(tmp_path / "full" / "epoch-0.safetensors")
