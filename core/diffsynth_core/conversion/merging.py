@@ -132,15 +132,15 @@ class _Merging:
         height = max(1, ELEMENTS_AT_ONCE // max(columns, 1))
         error = self._errors[name] = RelativeError(exact_squared=delta.squared_norm if delta else 0.0)
         piece = _Piece(
-            name,
-            self._sources[span.path],
-            span,
-            columns,
-            torch_dtype(header.dtype),
-            torch_dtype(self._plan.format_of(name)),
-            delta,
-            rows,
-            read_scale(scale, header.shape) if scale else None,
+            name=name,
+            source=self._sources[span.path],
+            span=span,
+            columns=columns,
+            stored=torch_dtype(header.dtype),
+            written=torch_dtype(self._plan.format_of(name)),
+            delta=delta,
+            rows=rows,
+            scale=read_scale(scale, header.shape) if scale else None,
         )
         jobs = [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
         for data, squared in _in_order(self._pool, piece.make, jobs):

@@ -137,18 +137,25 @@ def read_media_header(path: Path, rule: MediaRule, videos: VideoProbeCache) -> M
     if rule.frames and is_clip(path):
         video = videos.header(path)
         frames = videos.count(path, rule.frames.frame_rate, rule.frames.frames_to_count)
-        return MediaHeader(video.width, video.height, frames, True, video.rotated, False, video.frame_rate)
+        return MediaHeader(
+            width=video.width,
+            height=video.height,
+            frames=frames,
+            video=True,
+            rotated=video.rotated,
+            transparent=False,
+            frame_rate=video.frame_rate,
+        )
     image = read_image_header(path)
     return MediaHeader(
-        image.width,
-        image.height,
-        1,
-        False,
-        image.rotated,
-        image.transparent,
-        None,
-        image.pages,
-        image.colours,
+        width=image.width,
+        height=image.height,
+        frames=1,
+        video=False,
+        rotated=image.rotated,
+        transparent=image.transparent,
+        pages=image.pages,
+        colours=image.colours,
     )
 
 

@@ -132,15 +132,15 @@ def assign_files(
         settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
         float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
         components[component.name] = ComponentFiles(
-            component.name,
-            file_set.source,
-            file_set.paths,
-            config,
-            layout,
-            folders,
-            settings,
-            float8,
-            stored.part.prefix,
+            component=component.name,
+            origin=file_set.source,
+            paths=file_set.paths,
+            config_path=config,
+            layout=layout,
+            folders=folders,
+            settings=settings,
+            float8=float8,
+            prefix=stored.part.prefix,
         )
         assigned.shapes[component.name] = shapes_in(stored.part, layout)
     return assigned

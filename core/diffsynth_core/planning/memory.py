@@ -179,14 +179,14 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         early = plan.parameters.gradient_accumulation_steps > 1 or plan.machine.world_size > 1
         casts = activations.autocast_weights if early and activations.autocast_weights > block else 0
     return TrainingMemory(
-        {name: weight_bytes(plan, name, config) for name in sorted(names)},
-        adapters * BYTES["float32"],
-        trained * GRADIENT_BYTES,
-        trained * optimizer.state_bytes,
-        kept - on_host + (0 if casts else block),
-        casts,
-        on_host,
-        trained * optimizer.update_bytes[config.device],
+        weights={name: weight_bytes(plan, name, config) for name in sorted(names)},
+        adapters=adapters * BYTES["float32"],
+        gradients=trained * GRADIENT_BYTES,
+        optimizer=trained * optimizer.state_bytes,
+        activations=kept - on_host + (0 if casts else block),
+        autocast_weights=casts,
+        on_host=on_host,
+        update=trained * optimizer.update_bytes[config.device],
     )
 
 

@@ -81,14 +81,14 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
             targets = find_lora_targets(parameters, lora_component, found)
         start = check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid)
     return Training(
-        full,
-        lora_component,
-        targets.modules,
-        targets.untrainable_targets,
-        targets.rule,
-        targets.skipped_modules,
-        parts,
-        start,
+        full=full,
+        lora_component=lora_component,
+        lora_modules=targets.modules,
+        untrainable_targets=targets.untrainable_targets,
+        lora_rule=targets.rule,
+        skipped_modules=targets.skipped_modules,
+        parts=parts,
+        start=start,
     )
 
 
