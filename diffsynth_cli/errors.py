@@ -165,8 +165,8 @@ def print_problem(problem: Problem, others: Sequence[str] = (), of: int = 1) -> 
 
     `others`: messages of the same kind, printed in between. `of`: the total number of that kind.
     """
-    colours = "NO_COLOR" not in os.environ
-    echo_styled("error: ", "red" if colours else None, bold=colours, newline=False, err=True)
+    colors = "NO_COLOR" not in os.environ
+    echo_styled("error: ", "red" if colors else None, bold=colors, newline=False, err=True)
     echo(printable(problem.message), err=True)
     for message in others:
         echo(f"{CONTINUED}{printable(message)}", err=True)
@@ -174,7 +174,7 @@ def print_problem(problem: Problem, others: Sequence[str] = (), of: int = 1) -> 
     if left:
         echo(f"{CONTINUED}and {left:,} more; `dataset validate --format json` lists all of them", err=True)
     if problem.hint:
-        echo_styled("  hint: ", "cyan" if colours else None, newline=False, err=True)
+        echo_styled("  hint: ", "cyan" if colors else None, newline=False, err=True)
         echo(printable(problem.hint), err=True)
 
 

@@ -107,12 +107,12 @@ def _show_plan(
         echo_line(f"Stage {stage}")
     if estimate and estimate.fit:
         fit = estimate.fit
-        colour = (
+        color = (
             typer.colors.RED if not fit.fits_unchanged else typer.colors.YELLOW if fit.is_tight else typer.colors.GREEN
         )
         verdict = wrap_line(verdict_line(fit), width)
         plain = "NO_COLOR" in os.environ
-        echo_styled(verdict, None if plain else colour, bold=not plain)
+        echo_styled(verdict, None if plain else color, bold=not plain)
     lines = [*summary_lines(plan, estimate), *warning_lines(plan)]
     if plan.parameters.verbose:
         lines += ["", *plan_lines(plan, reporter, estimate is not None), *parameter_lines(plan)]

@@ -19,8 +19,8 @@ from rich.style import Style
 from rich.text import Text
 
 COLUMNS, LINES = 100, 70
-COLOURS = {"red": "red", "green": "green", "blue": "blue", "cyan": "cyan", "magenta": "magenta", "brown": "yellow"}
-"""Terminal colours by pyte's names; others are shown plain."""
+COLORS = {"red": "red", "green": "green", "blue": "blue", "cyan": "cyan", "magenta": "magenta", "brown": "yellow"}
+"""Terminal colors by pyte's names; others are shown plain."""
 MODEL_FILES = {
     "dit": "transformer/diffusion_pytorch_model*.safetensors",
     "text_encoder": "text_encoder/model*.safetensors",
@@ -63,13 +63,13 @@ def run_in_terminal(command: str, folder: Path, environment: dict[str, str]) -> 
 
 
 def as_text(screen: pyte.Screen, command: str) -> Text:
-    """The screen with its colours, below the command."""
+    """The screen with its colors, below the command."""
     text = Text(f"$ {command}\n", style="bold")
     rows = [row for row in range(LINES) if screen.display[row].strip()]
     for row in range(max(rows, default=-1) + 1):
         cells = [screen.buffer[row][column] for column in range(len(screen.display[row].rstrip()))]
-        for (colour, bold), group in itertools.groupby(cells, key=lambda cell: (COLOURS.get(cell.fg), cell.bold)):
-            text.append("".join(cell.data for cell in group), Style(color=colour, bold=bold))
+        for (color, bold), group in itertools.groupby(cells, key=lambda cell: (COLORS.get(cell.fg), cell.bold)):
+            text.append("".join(cell.data for cell in group), Style(color=color, bold=bold))
         text.append("\n")
     return text
 

@@ -25,7 +25,7 @@ CAPTIONS = {
     "chelsea.png": "a ginger cat with green eyes looking past the camera",
     "coffee.png": "a cup of coffee with a spoon on a wooden table, seen from above",
     "rocket.jpg": "a rocket on its launch pad at night, lit from below",
-    "hubble_deep_field.jpg": "galaxies of many shapes and colours on a black sky",
+    "hubble_deep_field.jpg": "galaxies of many shapes and colors on a black sky",
     "motorcycle_left.png": "a motorcycle in a workshop, its front wheel turned to the left",
     "retina.jpg": "the back of an eye with its blood vessels",
     "ihc.png": "brown and blue stained tissue under a microscope",
@@ -33,7 +33,7 @@ CAPTIONS = {
 MORE_WORDS = (
     "soft light from the left",
     "a blurred background",
-    "muted colours",
+    "muted colors",
     "a little grain",
     "sharp to the edges",
 )

@@ -72,7 +72,7 @@ def see_through(one: Image.Image, path: Path) -> None:
     one.save(path)
 
 
-def one_clear_colour(one: Image.Image, path: Path) -> None:
+def one_clear_color(one: Image.Image, path: Path) -> None:
     one.quantize(32).save(path, transparency=3)
 
 
@@ -124,7 +124,7 @@ IMAGES: Mapping[str, Plant] = {
     "a mirrored image": image("IMAGE_EXIF_ROTATED", "mirrored.png", turned(2)),
     "a see-through PNG": image("IMAGE_ALPHA", "glass.png", see_through),
     "a see-through WebP": image("IMAGE_ALPHA", "glass.webp", see_through),
-    "a palette with a clear colour": image("IMAGE_ALPHA", "palette.png", one_clear_colour),
+    "a palette with a clear color": image("IMAGE_ALPHA", "palette.png", one_clear_color),
     "CMYK": image("IMAGE_MODE", "print.jpg", lambda one, path: one.convert("CMYK").save(path)),
     "16 bits": image("IMAGE_MODE", "depth.png", sixteen_bits),
     "LAB": image("IMAGE_COLOURS", "lab.tif", lambda one, path: one.convert("LAB").save(path)),

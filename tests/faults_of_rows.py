@@ -70,7 +70,7 @@ def unused(draft: Draft) -> Expected:
     return {("FILE_UNREFERENCED", None, "unused.jpg")}
 
 
-def misspelt(draft: Draft) -> Expected:
+def misspelled(draft: Draft) -> Expected:
     draft.photograph().save(draft.folder / "the bird.png")
     row = draft.row("the brid.png")
     return {("PATH_MISSING", row, "the brid.png"), ("FILE_UNREFERENCED", None, "the bird.png")}
@@ -90,7 +90,7 @@ def row_in_a_locked_folder(draft: Draft) -> Expected:
 
 PATHS: Mapping[str, Plant] = {
     "a file that is not there": cell("PATH_MISSING", "nowhere/image.png"),
-    "a misspelt file": misspelt,
+    "a misspelled file": misspelled,
     "other letters": other_letters,
     "out by dots": cell("PATH_OUTSIDE", "../secret.png"),
     "out by dots in the middle": cell("PATH_OUTSIDE", "a/../../secret.png", "../secret.png"),
@@ -289,7 +289,7 @@ WHOLE: Mapping[str, Plant] = {
     )[1],
     "an empty list": metadata("metadata.json", lambda draft: b"[]", {("EMPTY", None, "metadata.json")}),
     "nothing": lambda draft: ([path.unlink() for path in draft.folder.iterdir()], {("EMPTY", None, None)})[1],
-    "a misspelt column": metadata(
+    "a misspelled column": metadata(
         "metadata.csv", column_renamed("prompt", "promt"), {("COLUMN_MISSING", None, None)}
     ),
     "a column of another tool": metadata(

@@ -14,11 +14,11 @@ PRIMARIES = {
 def rgb_profile(name: str) -> bytes:
     """Return the profile of an RGB space with `PRIMARIES`."""
     curve = _gamma(2.19921875) if name.startswith("Adobe") else _srgb_curve()
-    colours = {f"{colour}XYZ": _xyz(*values) for colour, values in zip("rgb", PRIMARIES[name], strict=True)}
-    return _profile(name, "RGB ", {**colours, **{f"{colour}TRC": curve for colour in "rgb"}})
+    colors = {f"{color}XYZ": _xyz(*values) for color, values in zip("rgb", PRIMARIES[name], strict=True)}
+    return _profile(name, "RGB ", {**colors, **{f"{color}TRC": curve for color in "rgb"}})
 
 
-def grey_profile(name: str, gamma: float) -> bytes:
+def gray_profile(name: str, gamma: float) -> bytes:
     """Return a grayscale profile with one gamma."""
     return _profile(name, "GRAY", {"kTRC": _gamma(gamma)})
 

@@ -97,7 +97,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; a file that is still there at the end of the block is deleted.
 
-    The name contains the process id, so that `remove_stale_files` recognises abandoned files.
+    The name contains the process id, so that `remove_stale_files` recognizes abandoned files.
 
     Raises:
         DiffSynthError: if the disk refuses.

@@ -39,7 +39,7 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 def _mix(value: int) -> int:
-    """The finaliser of SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014)."""
+    """The finalizer of SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK

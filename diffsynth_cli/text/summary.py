@@ -32,28 +32,28 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
     Args:
         estimate: memory and disk space, if requested; it is for a GPU even if this machine has none.
     """
-    yield _labelled("Model", _model(plan, estimate is not None))
+    yield _labeled("Model", _model(plan, estimate is not None))
     if plan.task.trains:
-        yield _labelled("Trains", _trained(plan))
+        yield _labeled("Trains", _trained(plan))
         for line in family_default_lines(plan):
-            yield _labelled("", line)
+            yield _labeled("", line)
     missing = [problem for problem in plan.missing if isinstance(problem, MissingFiles)]
     if missing:
-        yield _labelled("Missing", _missing(plan, len(missing)))
-    yield _labelled("Dataset", _dataset(plan))
+        yield _labeled("Missing", _missing(plan, len(missing)))
+    yield _labeled("Dataset", _dataset(plan))
     for note in plan.data.samples.notes:
-        yield _labelled("", note)
+        yield _labeled("", note)
     if plan.task.trains:
-        yield _labelled("Steps", _steps(plan))
+        yield _labeled("Steps", _steps(plan))
         for note in start_lines(plan):
-            yield _labelled("", note)
+            yield _labeled("", note)
     if estimate:
-        yield _labelled("Memory", _memory(plan, estimate))
-        yield _labelled("Disk", _disk(plan, estimate))
-    yield _labelled("Output", f"`{plan.parameters.output_path}`")
+        yield _labeled("Memory", _memory(plan, estimate))
+        yield _labeled("Disk", _disk(plan, estimate))
+    yield _labeled("Output", f"`{plan.parameters.output_path}`")
 
 
-def _labelled(label: str, text: str) -> str:
+def _labeled(label: str, text: str) -> str:
     return f"{label:<9} {text}"
 
 

@@ -118,7 +118,7 @@ def test_a_file_that_may_be_meant(validate, dataset, named, hint):
     ]
 
 
-def test_no_colour_leaves_no_codes(cli, dataset, monkeypatch):
+def test_no_color_leaves_no_codes(cli, dataset, monkeypatch):
     (dataset / "metadata.csv").write_text("image,prompt\nno.png,a\n")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

@@ -39,7 +39,7 @@ def test_what_is_not_read_and_what_is_converted_is_said(cli, folder):
         "1 file (`notes.docx`) is not read: not an image, clip or caption",
         "3 files and folders skipped: 2 from macOS (`.DS_Store`), 1 from Windows (`Thumbs.db`)",
         "1 of 4 images is converted to sRGB from `Display P3`",
-        "the colours of 1 of 4 images are treated as sRGB (first: damaged colour profile",
+        "the colors of 1 of 4 images are treated as sRGB (first: damaged color profile",
     ):
         assert part.replace(" ", "") in planned.out.replace("\n", "").replace(" ", ""), part
 
@@ -47,7 +47,7 @@ def test_what_is_not_read_and_what_is_converted_is_said(cli, folder):
 def test_validate_says_the_same(cli, folder, says):
     checked = cli("dataset", "validate", folder, "--recipe", "qwen-image-lora")
     assert checked.code == 0
-    for part in ("photo.heic", "clip.mp4", "notes.docx", ".DS_Store", "Display P3", "damaged colour profile"):
+    for part in ("photo.heic", "clip.mp4", "notes.docx", ".DS_Store", "Display P3", "damaged color profile"):
         assert part in " ".join(checked.out.split())
     findings = json.loads(cli("dataset", "validate", folder, "--format", "json").out)["findings"]
     says(page_of(findings), r"[\d.]+ [kMG]B")

@@ -96,7 +96,7 @@ def test_an_unknown_key_of_a_config_is_refused_by_both(cli, refuse, dataset, con
     says(outcome)
 
 
-def test_options_of_training_alone_and_misspelt_ones(cli, dataset, says):
+def test_options_of_training_alone_and_misspelled_ones(cli, dataset, says):
     outcome = cli("dataset", "validate", dataset, "--lora_rank", 8, "--no-dry_run", "--heigth=64")
     assert outcome.code == 2
     assert "`--lora_rank`" in outcome.err and outcome.err == names("hint:", "--height")

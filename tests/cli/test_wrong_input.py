@@ -81,7 +81,7 @@ def test_wrong_value_on_the_command_line(refuse, flag, value, expected):
 @pytest.mark.parametrize(
     ("flag", "value", "near"), [("lr_scheduler", "cosin", "cosine"), ("task", "stf", "sft"), ("resume", "Auto", "auto")]
 )
-def test_a_misspelt_choice(refuse, flag, value, near):
+def test_a_misspelled_choice(refuse, flag, value, near):
     code, [(message, hint)] = refuse(f"--{flag}", value)
     assert (code, hint) == (2, names(near))
     assert message == names(flag, "takes one of", value, f"--{flag}")

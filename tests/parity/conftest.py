@@ -20,7 +20,7 @@ from diffusers import (
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffsynth_core.models.loading import load_component
-from diffsynth_core.models.recognition import recognise
+from diffsynth_core.models.recognition import recognize
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.progress import SilentReporter
@@ -68,7 +68,7 @@ def ours(family, tiny_models: Path) -> dict[str, Any]:
     components: dict[str, Any] = {"tokenizer_path": family.load_tokenizer("tokenizer_path", folder / "tokenizer")}
     for component, place in PLACES.items():
         paths = tuple(sorted(folder.glob(place)))
-        _, layout = recognise(read_headers(paths), family.facts)
+        _, layout = recognize(read_headers(paths), family.facts)
         files = ComponentFiles(component, place, paths, paths[0].parent / "config.json", layout)
         components[component] = load_component(family, files, torch.float32, torch.device("cpu"), SilentReporter())
     return components

@@ -61,7 +61,7 @@ def test_latents_of_drawn_images_equal_the_vae_path(family, ours, pipeline, tmp_
 
 
 def _check_latents(family, ours, pipeline, image: np.ndarray) -> None:
-    # The pipeline's own preprocessing, and the inverse of the normalisation it applies before decoding.
+    # The pipeline's own preprocessing, and the inverse of the normalization it applies before decoding.
     prepared = pipeline.image_processor.preprocess(Image.fromarray(image))[:, :, None]
     encoded = pipeline.vae.encode(prepared).latent_dist.mode()
     mean = torch.tensor(pipeline.vae.config.latents_mean).view(1, -1, 1, 1, 1)

@@ -69,7 +69,7 @@ def test_the_tokenizer_is_the_one_transformers_makes_but_for_rare_characters(tex
 # Clips
 
 
-def normalised(vae: Any, raw: Tensor) -> Tensor:
+def normalized(vae: Any, raw: Tensor) -> Tensor:
     """Normalize latents: the inverse of both pipelines before decoding, and as in `prepare_latents`."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
@@ -83,7 +83,7 @@ def test_latents_of_clips_equal_the_vae_path(wan, name):
     clip = clip_of(name, 5, *wan.kind.size)
     frames = [Image.fromarray(frame) for frame in clip]
     prepared = wan.pipeline.video_processor.preprocess_video(frames, *wan.kind.size)
-    expected = normalised(wan.pipeline.vae, wan.pipeline.vae.encode(prepared).latent_dist.mode())
+    expected = normalized(wan.pipeline.vae, wan.pipeline.vae.encode(prepared).latent_dist.mode())
     latents = wan.ours.encode({"prompt": "", "video": pixels_of(clip)})["latents"]
     assert difference(latents[None], expected) < TOLERANCE
     assert latents.shape == ((48, 2, 4, 2) if wan.kind.newer_vae else (16, 2, 4, 6))

@@ -43,9 +43,9 @@ def test_every_index_goes_everywhere_about_equally_often(size):
 
 def test_an_order_keeps_no_trace_of_the_order_before_it():
     places = [permute(index, 1000, key_of("trace")) for index in range(1000)]
-    neighbours = sum(abs(one - other) == 1 for one, other in pairwise(places))
+    neighbors = sum(abs(one - other) == 1 for one, other in pairwise(places))
     fixed = sum(place == index for index, place in enumerate(places))
-    assert neighbours < 12 and fixed < 8  # both are about 2 and 1 for a random order
+    assert neighbors < 12 and fixed < 8  # both are about 2 and 1 for a random order
 
 
 @pytest.mark.timeout(20)

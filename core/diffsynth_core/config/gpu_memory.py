@@ -79,7 +79,7 @@ def _memory_of_card(text: str) -> int:
 
 
 def nearest_memory(text: str) -> list[str]:
-    """Return what `text` may mean: a number without a unit, part of a card's name, a misspelt card."""
+    """Return what `text` may mean: a number without a unit, part of a card's name, a misspelled card."""
     if re.fullmatch(r"[1-9]\d{0,2}(\.\d+)?", text.strip()):
         return [f"{text.strip()}GB"]
     if not re.fullmatch(r"\w[\w -]+", text):

@@ -180,7 +180,7 @@ def _setting(
     """Declare one parameter.
 
     A run recorded before a parameter was declared counts as one with its default: choose the default of a new
-    parameter such that it preserves the previous behaviour.
+    parameter such that it preserves the previous behavior.
 
     Args:
         type_name: a key of `TYPE_WORDS`, or `choice`.

@@ -128,10 +128,10 @@ def _resolve_one(
     values, origins = merge(sources, stage)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
-    misspelt = _settle_lora_format(levels_of(sources, stage), values, origins)
+    misspelled = _settle_lora_format(levels_of(sources, stage), values, origins)
     parameters, invalid, faults = _validate(values, origins)
     invalid |= valueless
-    faults += misspelt
+    faults += misspelled
     if stage:
         # A folder set in the stage itself is used as is; any other is the parent of the folders of all stages.
         of_stage = origins.get("output_path", DEFAULT).stage == stage

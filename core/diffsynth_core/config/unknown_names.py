@@ -1,4 +1,4 @@
-"""Messages about names that are not parameters: names of other trainers, and misspelt ones."""
+"""Messages about names that are not parameters: names of other trainers, and misspelled ones."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

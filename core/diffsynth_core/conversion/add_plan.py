@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffsynth_core.config.choices import LoraFormat, WeightDtype
 from diffsynth_core.conversion.lora_inputs import WeightedFile, WeightedLora, open_lora_file
-from diffsynth_core.conversion.lora_source import RecognisedLora, open_lora
+from diffsynth_core.conversion.lora_source import RecognizedLora, open_lora
 from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
@@ -212,7 +212,7 @@ def _read_in_one_format(
     return [_in_format(file, source, lora_format) for file, source in zip(found, sources, strict=True)], lora_format
 
 
-def _in_format(file: _File, source: RecognisedLora, lora_format: LoraFormat) -> _File:
+def _in_format(file: _File, source: RecognizedLora, lora_format: LoraFormat) -> _File:
     """The same LoRAs by the names of modules in a format."""
     modules = source.lora.in_vocabulary(source.naming.vocabulary(lora_format))
     keys = {name: keys_of_part(name, lora_format) for name in modules}

@@ -8,7 +8,7 @@ from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.hub.model_files import expand_entry, locate_folder
 from diffsynth_core.models.bases import shapes_in
-from diffsynth_core.models.recognition import recognise_component
+from diffsynth_core.models.recognition import recognize_component
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Layout, modules_with_weights
 from diffsynth_core.weights.base_files import Scale, find_weights, parts_of
@@ -57,7 +57,7 @@ def open_base(text: str, models: Path, option: str = "--base") -> Base:
     """
     weights = open_weights(_paths(text, models, option))
     found = find_weights(weights.origin, weights.tensors)
-    known = [(part, recognised) for part in parts_of(found) if (recognised := recognise_component(part.tensors))]
+    known = [(part, recognized) for part in parts_of(found) if (recognized := recognize_component(part.tensors))]
     if not known:
         raise _unknown(weights)
     denoisers = [(part, of) for part, of in known if of[1].name == of[0].denoiser]

@@ -7,7 +7,7 @@ from typing import Any
 from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import open_lora_file
-from diffsynth_core.conversion.lora_source import RecognisedLora, open_lora
+from diffsynth_core.conversion.lora_source import RecognizedLora, open_lora
 from diffsynth_core.conversion.lora_tensors import WrittenLora, write_lora
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
@@ -62,7 +62,7 @@ def plan_conversion(
     return FilePlan((file,), source.weights.inputs, tuple(_notes(source, written, target, base)), facts)
 
 
-def _check(source: RecognisedLora, text: str, models: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
+def _check(source: RecognizedLora, text: str, models: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
     """Check a LoRA against its base, before and after the conversion."""
     base = open_base(text, models, "--check")
     expected = source.facts.component(source.facts.denoiser)
@@ -74,7 +74,7 @@ def _check(source: RecognisedLora, text: str, models: Path, files: Mapping[Path,
         match_to_base(path, tensors, base.shapes, source.naming, besides=source.lora.unmatched)
 
 
-def _metadata(source: RecognisedLora, target: LoraFormat) -> dict[str, str]:
+def _metadata(source: RecognizedLora, target: LoraFormat) -> dict[str, str]:
     """Return the metadata of the new file: that of the old one as far as it still applies, and what changed."""
     (kept,) = source.weights.metadata.values()
     return {
@@ -87,7 +87,7 @@ def _metadata(source: RecognisedLora, target: LoraFormat) -> dict[str, str]:
 
 
 def _facts(
-    source: RecognisedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None
+    source: RecognizedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None
 ) -> Mapping[str, Any]:
     """Return the result for machine-readable output."""
     return {
@@ -113,7 +113,7 @@ def _raised(written: Sequence[WrittenLora]) -> list[WrittenLora]:
     return [lora for lora in written if lora.rank > max(lora.ranks)]
 
 
-def _notes(source: RecognisedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None) -> list[str]:
+def _notes(source: RecognizedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None) -> list[str]:
     """Return remarks for the user."""
     notes = [
         f"{source.weights.origin}: {source.title}, {source.spelling} -> {target}, "

@@ -25,7 +25,7 @@ _COMPONENT = re.compile(r"^pipe\.(\w+)\.")
 
 
 @dataclass(frozen=True)
-class RecognisedLora:
+class RecognizedLora:
     """A LoRA file whose family and component are known. `lora`: without the keys that match no module."""
 
     weights: WeightSet
@@ -55,7 +55,7 @@ class RecognisedLora:
 
 def open_lora(
     weights: WeightSet, family: str | None, component: str | None, allow_unmatched: bool = False
-) -> RecognisedLora:
+) -> RecognizedLora:
     """The LoRA in a file, of the family and component given, else of those in its metadata, else by its keys.
 
     Raises:
@@ -71,7 +71,7 @@ def open_lora(
     reading = _best(weights, readings, families)
     if reading.match.unmatched and not allow_unmatched:
         raise _unmatched(weights, reading)
-    return RecognisedLora(weights, reading.facts, reading.naming, _read(weights, reading))
+    return RecognizedLora(weights, reading.facts, reading.naming, _read(weights, reading))
 
 
 def _families(weights: WeightSet, family: str | None) -> list[FamilyFacts]:

@@ -91,7 +91,7 @@ class Decoding:
         self._threads = threads
         self._log = _Log()
         before = ["-nostdin", "-nostats", "-hide_banner", "-loglevel", "repeat+level+info", "-debug_ts"]
-        # Without -reinit_filter 0, filters restart their frame count after a change of size or colours.
+        # Without -reinit_filter 0, filters restart their frame count after a change of size or colors.
         reading = ["-format_whitelist", ",".join(demuxers_of(path)), "-reinit_filter", "0"]
         raw_stream = raw_stream_of(path)
         if raw_stream:  # probing takes some for images

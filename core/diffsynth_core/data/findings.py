@@ -90,12 +90,12 @@ CODES: Mapping[str, Code] = {
     "IMAGE_LOW_RESOLUTION": Code("image", "warning", "An image or video is far below the model's usual training size"),
     "IMAGE_EXIF_ROTATED": Code("image", "info", "The EXIF orientation of an image is applied"),
     "IMAGE_ALPHA": Code("image", "warning", "An image has transparent pixels, which are composited on white"),
-    "IMAGE_MODE": Code("image", "warning", "Converting the colour mode of an image to RGB is lossy"),
+    "IMAGE_MODE": Code("image", "warning", "Converting the color mode of an image to RGB is lossy"),
     "IMAGE_COLOURS": Code(
         "image",
         "info",
-        "An image is converted to sRGB from its embedded colour profile",
-        "a warning where its colour information cannot be applied",
+        "An image is converted to sRGB from its embedded color profile",
+        "a warning where its color information cannot be applied",
     ),
     "IMAGE_ANIMATED": Code(
         "image",
@@ -105,7 +105,7 @@ CODES: Mapping[str, Code] = {
     ),
     "IMAGE_DUPLICATE": Code("image", "warning", "Images have identical pixels"),
     "IMAGE_NEAR_DUPLICATE": Code("image", "warning", "Images are nearly identical"),
-    "IMAGE_BLANK": Code("image", "warning", "An image has a single colour"),
+    "IMAGE_BLANK": Code("image", "warning", "An image has a single color"),
     "CAPTION_AMBIGUOUS": Code("caption", "error", "One image or clip has several caption files"),
     "CAPTION_MISSING": Code(
         "caption",

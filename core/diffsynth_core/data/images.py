@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from diffsynth_core.data.colour import Colours, colours_of, to_srgb
+from diffsynth_core.data.color import Colors, colors_of, to_srgb
 from diffsynth_core.data.formats import decoded_formats, kind_by_content, refused_format
 from diffsynth_core.errors import DiffSynthError
 
@@ -58,7 +58,7 @@ class ImageHeader:
     rotated: bool
     transparent: bool
     pages: int = 1
-    colours: Colours = field(default_factory=Colours)
+    colors: Colors = field(default_factory=Colors)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def read_image_header(path: Path) -> ImageHeader:
         if orientation in SIDEWAYS and image.format != "TIFF":  # Pillow returns the upright size of a TIFF
             width, height = height, width
         pages = getattr(image, "n_frames", 1) if image.format in PAGED else 1
-        colours = colours_of(image)
-        return ImageHeader(width, height, orientation in range(2, 9), is_transparent(image), pages, colours)
+        colors = colors_of(image)
+        return ImageHeader(width, height, orientation in range(2, 9), is_transparent(image), pages, colors)
 
 
 def frames_of(image: Image.Image) -> int:
@@ -134,14 +134,14 @@ def load_mask(path: Path, height: int, width: int, scaled: tuple[int, int] | Non
     """Load a mask at a training size, `[height, width, 1]`, 0..255, white selects: the luminance of what `load_image`
     reads.
 
-    It is scaled bilinearly, which gives no values outside the range of neighbouring pixels.
+    It is scaled bilinearly, which gives no values outside the range of neighboring pixels.
 
     Raises:
         DiffSynthError: if the file cannot be decoded completely.
     """
     with _opening(path) as image:
-        grey = to_rgb(ImageOps.exif_transpose(image)).convert("L")
-    return cover(grey, height, width, scaled, Image.Resampling.BILINEAR)[..., None]
+        gray = to_rgb(ImageOps.exif_transpose(image)).convert("L")
+    return cover(gray, height, width, scaled, Image.Resampling.BILINEAR)[..., None]
 
 
 def cover(
@@ -230,7 +230,7 @@ def is_transparent(image: Image.Image) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB in sRGB: transparency composited on white, 16 bits scaled to 8, the color profile applied."""
     profile = image.info.get("icc_profile")
-    if profile and not colours_of(image).profile:
+    if profile and not colors_of(image).profile:
         profile = None
     if image.mode.startswith("I"):
         image = _to_eight_bits(image)

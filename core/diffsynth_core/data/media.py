@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffsynth_core.data.animations import is_animation
-from diffsynth_core.data.colour import COLOUR_TRANSFORM, Colours
+from diffsynth_core.data.color import COLOR_TRANSFORM, Colors
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.formats import ending_of, media_kind
 from diffsynth_core.data.images import (
@@ -83,7 +83,7 @@ class MediaHeader:
     transparent: bool
     frame_rate: float | None = None
     pages: int = 1
-    colours: Colours = field(default_factory=Colours)
+    colors: Colors = field(default_factory=Colors)
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class MediaCrop:
     def transform(self) -> list[object]:
         """Everything that its pixels depend on, besides the bytes of the file."""
         if not self.video:
-            colours = ["sRGB", COLOUR_TRANSFORM] if self.converted else []
+            colors = ["sRGB", COLOR_TRANSFORM] if self.converted else []
             mask = ["mask", MASK_TRANSFORM] if self.mask else []
-            return [self.height, self.width, IMAGE_TRANSFORM, *(self.scaled or ()), *colours, *mask]
+            return [self.height, self.width, IMAGE_TRANSFORM, *(self.scaled or ()), *colors, *mask]
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
@@ -155,7 +155,7 @@ def read_media_header(path: Path, rule: MediaRule, videos: VideoProbeCache) -> M
         rotated=image.rotated,
         transparent=image.transparent,
         pages=image.pages,
-        colours=image.colours,
+        colors=image.colors,
     )
 
 
@@ -175,7 +175,7 @@ def choose_target(path: Path, header: MediaHeader, rule: MediaRule, row: int) ->
     """Return the part of a file to train on; a side of 0 means that the file is too small."""
     height, width = rule.size.target(header.width, header.height)
     if not header.video or rule.frames is None:
-        return MediaCrop(path, height, width, converted=bool(header.colours.profile))
+        return MediaCrop(path, height, width, converted=bool(header.colors.profile))
     frames = rule.frames.length(header.frames)
     start = rule.frames.first(header.frames, row)
     return MediaCrop(path, height, width, True, start, frames, rule.frames.frame_rate)
@@ -192,7 +192,7 @@ def choose_reference(
     Raises:
         ValueError: for a condition of unknown size.
     """
-    converted, mask = bool(header.colours.profile), condition.media == "mask"
+    converted, mask = bool(header.colors.profile), condition.media == "mask"
     if condition.size is None:
         raise ValueError(f"the size of `{condition.name}` is not known")
     if condition.size == "target":

@@ -88,7 +88,7 @@ def _read_names(value: Any, row: int, column: str, columns: Columns, findings: l
     if isinstance(value, str):
         text = value.strip()
         if text and text[0] != "[":
-            return (normalised(value),)
+            return (normalized(value),)
         with suppress(InvalidJson):  # a file name may begin with a bracket
             value = parse_json(text, finite=False) if text else ""
     names = value if isinstance(value, list) else [value]
@@ -103,7 +103,7 @@ def _read_names(value: Any, row: int, column: str, columns: Columns, findings: l
         findings.append(finding("CELL_TYPE", what, "write the path as a string", row=row))
         return ()
     _check_count(names, row, column, columns, findings)
-    return tuple(map(normalised, names))
+    return tuple(map(normalized, names))
 
 
 def _check_count(names: Sequence[str], row: int, column: str, columns: Columns, findings: list[Finding]) -> None:
@@ -145,7 +145,7 @@ def _is_empty(value: Any) -> bool:
     )
 
 
-def normalised(name: str) -> str:
+def normalized(name: str) -> str:
     """Return a path without `.` and double slashes; leading `..` are kept. URLs are unchanged."""
     if "://" in name:
         return name

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from diffsynth_core.data.colour import Colours
+from diffsynth_core.data.color import Colors
 from diffsynth_core.data.conditions import Columns
 from diffsynth_core.data.formats import CLIP_ENDINGS
 from diffsynth_core.data.images import ImageHeader, read_image_header
@@ -205,7 +205,7 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
         yield f"{'rotation metadata' if rule.frames else 'EXIF orientation'} is applied to {rotated} {of_all}"
     if transparent := sum(header.transparent for header in headers):
         yield f"{transparent} {of_all} {verb(transparent, 'has transparency and is', 'have transparency and are')} composited on white"
-    yield from _colour_notes([header.colours for header in headers], of_all)
+    yield from _color_notes([header.colors for header in headers], of_all)
     if paged := sum(header.pages > 1 for header in headers):
         yield f"{paged} {of_all} {verb(paged, 'has', 'have')} several pages; the first one is used"
     if rule.frames is None:
@@ -237,15 +237,15 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
     )
 
 
-def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
+def _color_notes(colors: list[Colors], of_all: str) -> Iterator[str]:
     """Yield notes about color profiles and marks of other color spaces than sRGB."""
-    profiles = list(dict.fromkeys(one.profile for one in colours if one.profile))
+    profiles = list(dict.fromkeys(one.profile for one in colors if one.profile))
     if profiles:
-        number = sum(bool(one.profile) for one in colours)
+        number = sum(bool(one.profile) for one in colors)
         yield f"{number} {of_all} {verb(number, 'is', 'are')} converted to sRGB from {list_names(profiles, 3)}"
-    doubts = [one.doubt for one in colours if one.doubt]
+    doubts = [one.doubt for one in colors if one.doubt]
     if doubts:
-        yield f"the colours of {len(doubts)} {of_all} are treated as sRGB (first: {doubts[0]})"
+        yield f"the colors of {len(doubts)} {of_all} are treated as sRGB (first: {doubts[0]})"
 
 
 def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns, rule: MediaRule) -> Iterator[Problem]:

@@ -48,9 +48,9 @@ def draw_images(folder: Path, shown: Mapping[str, int] = MappingProxyType({})) -
             the rows between. 0: the image of the row itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, size, shape, colour, ground, _ in DRAWN:
+    for name, size, shape, color, ground, _ in DRAWN:
         if not (folder / name).is_file():
-            _save(_draw(size, shape, colour, ground), folder / name)
+            _save(_draw(size, shape, color, ground), folder / name)
     if not (folder / "metadata.csv").is_file():
         rows = [
             (drawn[0], drawn[-1], *(_cell(number, most) for most in shown.values()))
@@ -68,18 +68,18 @@ def _cell(number: int, most: int) -> str:
     return names[0] if len(names) == 1 else json.dumps(names)
 
 
-def _draw(size: tuple[int, int], shape: str, colour: str, ground: str | None) -> Image.Image:
+def _draw(size: tuple[int, int], shape: str, color: str, ground: str | None) -> Image.Image:
     image = Image.new("RGBA", size, (0, 0, 0, 0) if ground is None else ground)
     pen = ImageDraw.Draw(image)
     width, height = size
     middle = (width // 2, height // 2)
     radius = min(size) // 3
     if shape == "circle":
-        pen.ellipse((middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius), fill=colour)
+        pen.ellipse((middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius), fill=color)
     elif shape == "rings":
         for reach in range(radius, 8, -16):
             pen.ellipse(
-                (middle[0] - reach, middle[1] - reach, middle[0] + reach, middle[1] + reach), outline=colour, width=8
+                (middle[0] - reach, middle[1] - reach, middle[0] + reach, middle[1] + reach), outline=color, width=8
             )
     elif shape == "diamond":
         pen.polygon(
@@ -89,15 +89,15 @@ def _draw(size: tuple[int, int], shape: str, colour: str, ground: str | None) ->
                 (middle[0], middle[1] + radius),
                 (middle[0] - radius, middle[1]),
             ],
-            fill=colour,
+            fill=color,
         )
     elif shape == "bars":
         for left in range(0, width, 48):
-            pen.rectangle((left, height // 3 + left % 64, left + 24, height), fill=colour)
+            pen.rectangle((left, height // 3 + left % 64, left + 24, height), fill=color)
     else:
         for top in range(0, height, 32):
             points = [(x, top + 8 * math.sin(x / 24)) for x in range(0, width, 4)]
-            pen.line(points, fill=colour, width=12)
+            pen.line(points, fill=color, width=12)
     return image if ground is None else _grain(image.convert("RGB"))
 
 

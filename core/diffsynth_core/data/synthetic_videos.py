@@ -58,7 +58,7 @@ def draw_clips(folder: Path) -> Path:
     return folder
 
 
-def _draw(size: tuple[int, int], frames: int, shape: str, colour: str, ground: str) -> list[Image.Image]:
+def _draw(size: tuple[int, int], frames: int, shape: str, color: str, ground: str) -> list[Image.Image]:
     """Draw a shape that moves once across the image on a wave."""
     width, height = size
     radius = min(size) // 5
@@ -71,11 +71,11 @@ def _draw(size: tuple[int, int], frames: int, shape: str, colour: str, ground: s
         y = height / 2 + (height / 2 - radius) * math.sin(2 * math.pi * done)
         bounds = (x - radius, y - radius, x + radius, y + radius)
         if shape == "circle":
-            pen.ellipse(bounds, fill=colour)
+            pen.ellipse(bounds, fill=color)
         elif shape == "box":
-            pen.rectangle(bounds, fill=colour)
+            pen.rectangle(bounds, fill=color)
         else:
-            pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill=colour)
+            pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill=color)
         images.append(image)
     return images
 

@@ -116,7 +116,7 @@ def load_clip(
     planes = np.empty((frames, 3, height, width), np.uint8)
     with Decoding(path, ["-vf", ",".join(filters), "-f", "rawvideo"]) as decoding:
         arrived = 0
-        while arrived < frames and all(decoding.read_into(planes[arrived, colour]) for colour in PLANES):
+        while arrived < frames and all(decoding.read_into(planes[arrived, color]) for color in PLANES):
             arrived += 1
         decoding.check(start, arrived, frames, frame_rate)
     if arrived < frames:

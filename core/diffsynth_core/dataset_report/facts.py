@@ -6,7 +6,7 @@ by the pure functions in image_checks.py, pair_checks.py, video_checks.py and se
 
 from dataclasses import dataclass, field
 
-from diffsynth_core.data.colour import Colours
+from diffsynth_core.data.color import Colors
 
 FLAT_SPREAD = 4
 """Maximum range of the values of a channel, 0..255, in an empty image: JPEG noise has as much."""
@@ -29,12 +29,12 @@ class ImageFacts:
         orientation: EXIF orientation, 1 to 8.
         frames: of an animation.
         pages: of a document.
-        colour_profile: what is converted to sRGB, or is not, and why.
+        color_profile: what is converted to sRGB, or is not, and why.
         transparent: a pixel is not opaque.
         spread: maximum range of the values of a channel, 0..255; above `FLAT_SPREAD` possibly that of the scaled-down
             image.
-        difference_hash: 64 bits: whether the left one of two neighbours in an image of 9 x 8 is darker.
-        colours: mean red, green and blue of each cell of an 8 x 8 grid, 0..255.
+        difference_hash: 64 bits: whether the left one of two neighbors in an image of 9 x 8 is darker.
+        colors: mean red, green and blue of each cell of an 8 x 8 grid, 0..255.
         sketch: digest of the scaled-down image: equal for equal pixels, and hardly for others.
         digest: sha256 of the file.
         thumbnail: a JPEG, if requested.
@@ -49,11 +49,11 @@ class ImageFacts:
     orientation: int = 1
     frames: int = 1
     pages: int = 1
-    colour_profile: Colours = field(default_factory=Colours)
+    color_profile: Colors = field(default_factory=Colors)
     transparent: bool = False
     spread: int = 255
     difference_hash: int = 0
-    colours: bytes = b""
+    colors: bytes = b""
     sketch: bytes = b""
     digest: str = ""
     thumbnail: bytes | None = None

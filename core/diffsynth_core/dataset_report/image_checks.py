@@ -28,7 +28,7 @@ ALSO_CALLED: Mapping[str, str] = {"MPO": "JPEG", "DIB": "BMP"}
 """Pillow format -> format whose suffix its files use too."""
 LOSING_MODES: Mapping[tuple[str, ...], str] = {
     ("I", "I;16", "I;16B", "I;16L", "I;16N"): "only 8 of its 16 bits are used",
-    ("CMYK", "LAB", "HSV"): "converted to RGB without a colour profile",
+    ("CMYK", "LAB", "HSV"): "converted to RGB without a color profile",
 }
 """Pillow mode -> what is lost in the conversion to RGB."""
 
@@ -180,7 +180,7 @@ def _aspect(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
 
 def _blank(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if not facts.spread:
-        what = f"`{facts.path}` has a single colour"
+        what = f"`{facts.path}` has a single color"
         yield finding("IMAGE_BLANK", what, "replace the file or remove its row", row=row, path=facts.path)
 
 
@@ -194,23 +194,23 @@ def _type_mismatch(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Findin
 
 def _mode(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     lost = next((lost for modes, lost in LOSING_MODES.items() if facts.mode in modes), None)
-    if lost and not (facts.colour_profile.profile and facts.mode in ("CMYK", "LAB")):
-        what = f"`{facts.path}` has the colour mode {facts.mode}: {lost}"
+    if lost and not (facts.color_profile.profile and facts.mode in ("CMYK", "LAB")):
+        what = f"`{facts.path}` has the color mode {facts.mode}: {lost}"
         yield finding("IMAGE_MODE", what, "convert it to 8-bit RGB", row=row, path=facts.path)
 
 
-def _colours(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
-    if facts.colour_profile.profile:
-        what = f"`{facts.path}` is converted from `{facts.colour_profile.profile}` to sRGB"
+def _colors(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    if facts.color_profile.profile:
+        what = f"`{facts.path}` is converted from `{facts.color_profile.profile}` to sRGB"
         yield finding("IMAGE_COLOURS", what, row=row, path=facts.path)
-    if facts.colour_profile.doubt:
-        what = f"the colours of `{facts.path}` are treated as sRGB: {facts.colour_profile.doubt}"
+    if facts.color_profile.doubt:
+        what = f"the colors of `{facts.path}` are treated as sRGB: {facts.color_profile.doubt}"
         yield finding("IMAGE_COLOURS", what, "save it as sRGB", row=row, path=facts.path, level="warning")
 
 
 Check = Callable[[ImageFacts, int, Rules], Iterator[Finding]]
 """(facts, first row that names the file, rules) -> findings"""
-IMAGE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode, _colours)
+IMAGE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode, _colors)
 """Checks of every image."""
 TARGET_CHECKS: tuple[Check, ...] = (_aspect, _blank)
 """Checks of target images."""

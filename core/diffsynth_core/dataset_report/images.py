@@ -12,7 +12,7 @@ from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffsynth_core.data.colour import colours_of
+from diffsynth_core.data.color import colors_of
 from diffsynth_core.data.formats import kind_by_content, refused_format
 from diffsynth_core.data.images import (
     END_BYTES,
@@ -37,7 +37,7 @@ sixth of the decoding. The number makes the steps between them (4.61 pixels of 1
 """
 HASH_SIZE = (9, 8)
 """(width, height) of the image for the difference hash."""
-COLOUR_GRID = (8, 8)
+COLOR_GRID = (8, 8)
 """(columns, rows) of the grid of mean colors."""
 THUMBNAIL_QUALITY = 80
 """JPEG quality of thumbnails."""
@@ -82,13 +82,13 @@ def examine_image(base: Path, name: str, thumbnails: int | None) -> ImageFacts:
 
 def _facts(image: Image.Image, known: ImageFacts, thumbnails: int | None) -> ImageFacts:
     """Decode an opened image, and complete its facts."""
-    frames, colours = frames_of(image), colours_of(image)
+    frames, colors = frames_of(image), colors_of(image)
     pages = getattr(image, "n_frames", 1) if image.format in PAGED else 1
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     image.load()
     mode, transparent = image.mode, is_transparent(image) and _has_clear_pixels(image)
     left = image.getexif().get(EXIF_ORIENTATION, 1)  # Pillow turns a TIFF itself, while it is decoded
-    as_it_is = mode == "RGB" and not is_transparent(image) and not colours.profile
+    as_it_is = mode == "RGB" and not is_transparent(image) and not colors.profile
     rgb = image if as_it_is else to_rgb(image)  # a copy costs half a decoding
     size = rgb.size[::-1] if left in SIDEWAYS else rgb.size
     small = _upright(scaled_down(rgb), left)
@@ -101,11 +101,11 @@ def _facts(image: Image.Image, known: ImageFacts, thumbnails: int | None) -> Ima
         orientation=orientation if orientation in range(1, 9) else 1,
         frames=frames,
         pages=pages,
-        colour_profile=colours,
+        color_profile=colors,
         transparent=transparent,
         spread=spread if spread > FLAT_SPREAD else _spread(rgb),
         difference_hash=difference_hash(small),
-        colours=small.resize(COLOUR_GRID, Image.Resampling.BOX).tobytes(),
+        colors=small.resize(COLOR_GRID, Image.Resampling.BOX).tobytes(),
         sketch=hashlib.blake2b(small.tobytes(), digest_size=16, key=repr(size).encode()).digest(),
         thumbnail=thumbnail_of(_upright(rgb, left), thumbnails) if thumbnails else None,
     )
@@ -139,7 +139,7 @@ def scaled_down(image: Image.Image) -> Image.Image:
 
 
 def difference_hash(image: Image.Image) -> int:
-    """Return 64 bits: whether each pixel of a grayscale image of 9 x 8 is darker than its right neighbour (dHash)."""
+    """Return 64 bits: whether each pixel of a grayscale image of 9 x 8 is darker than its right neighbor (dHash)."""
     values = image.convert("L").resize(HASH_SIZE, Image.Resampling.BOX).tobytes()
     bits = 0
     for row in range(HASH_SIZE[1]):

@@ -41,25 +41,25 @@ def same_images(base: Path, images: Iterable[ImageFacts]) -> dict[str, str]:
     return originals
 
 
-def near_images(images: Sequence[ImageFacts], most_bits: int, most_colour: float) -> dict[str, tuple[str, int]]:
+def near_images(images: Sequence[ImageFacts], most_bits: int, most_color: float) -> dict[str, tuple[str, int]]:
     """Return path -> first earlier image that looks similar, and the number of different bits of their difference
     hashes.
 
     Similar are images with at most `most_bits` different bits and, on average over the color grid, a difference of at
-    most `most_colour` of 255.
+    most `most_color` of 255.
     """
     if most_bits < 0 or len(images) < 2:
         return {}
     hashes = np.array([image.difference_hash for image in images], np.uint64)
-    colours = np.frombuffer(b"".join(image.colours for image in images), np.uint8)
-    colours = colours.reshape(len(images), -1).astype(np.int16)
+    colors = np.frombuffer(b"".join(image.colors for image in images), np.uint8)
+    colors = colors.reshape(len(images), -1).astype(np.int16)
     nearest: dict[int, tuple[int, int]] = {}
     for group in _groups(hashes, most_bits + 1):
         for place, later in enumerate(group[1:], start=1):
             before = group[:place]
             bits = np.bitwise_count(hashes[before] ^ hashes[later])
-            apart = np.abs(colours[before] - colours[later]).mean(axis=1)
-            near = before[(bits <= most_bits) & (apart <= most_colour)]
+            apart = np.abs(colors[before] - colors[later]).mean(axis=1)
+            near = before[(bits <= most_bits) & (apart <= most_color)]
             if len(near) and near[0] < nearest.get(int(later), (len(images), 0))[0]:
                 other = int(near[0])
                 nearest[int(later)] = other, int(np.bitwise_count(hashes[other] ^ hashes[later]))

@@ -57,7 +57,7 @@ def check_masks(dataset: DatasetFacts) -> Iterator[Finding]:
     for name in sorted(dataset.of_columns(dataset.rows.columns.masks), key=lambda name: rows[name]):
         mask = dataset.images.get(name)
         if mask and not mask.fault and mask.spread <= FLAT_SPREAD:
-            what = f"the mask `{name}` has a single colour: it selects nothing, or everything"
+            what = f"the mask `{name}` has a single color: it selects nothing, or everything"
             yield finding("MASK_EMPTY", what, "draw the area it should select", row=rows[name], path=name)
     for record in dataset.rows.records:
         target = _header(dataset, record, dataset.rows.columns.target)

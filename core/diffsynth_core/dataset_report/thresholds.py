@@ -43,7 +43,7 @@ class Thresholds:
     near_duplicate_colour: float = _threshold(
         12.0,
         "levels of 255",
-        "Largest mean colour difference of near duplicates, over an 8 x 8 grid",
+        "Largest mean color difference of near duplicates, over an 8 x 8 grid",
         least=0,
     )
     max_aspect: float = _threshold(

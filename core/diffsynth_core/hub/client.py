@@ -157,8 +157,8 @@ def not_found(hub: Hub, repository: Repository, path: str | None = None) -> HubA
 def access_denied(hub: Hub, repository: Repository) -> HubAccessError:
     """Return the error for a repository that this user may not read."""
     return HubAccessError(
-        f"{hub.title} denied access to `{repository.name}`: its licence is not accepted, or it is private",
-        f"accept the licence at {hub.page(repository)}, and log in with `{hub.login}`",
+        f"{hub.title} denied access to `{repository.name}`: its license is not accepted, or it is private",
+        f"accept the license at {hub.page(repository)}, and log in with `{hub.login}`",
     )
 
 

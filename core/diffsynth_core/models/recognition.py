@@ -21,7 +21,7 @@ from diffsynth_core.weights.lora_keys import (
     module_of_lora_key,
 )
 
-Recognised = tuple[FamilyFacts, ComponentFacts, Layout]
+Recognized = tuple[FamilyFacts, ComponentFacts, Layout]
 """Family, component and layout of tensor names."""
 SECOND_NAMES = {"dit2": "dit"}
 """Component -> component of the same kind whose facts apply."""
@@ -58,7 +58,7 @@ def component_at(path: str, facts: FamilyFacts, model_id: str = "") -> Component
 # By the names of tensors
 
 
-def recognise(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFacts, Layout] | None:
+def recognize(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFacts, Layout] | None:
     """Return the component and layout whose signature is in the tensor names."""
     present = frozenset(names)
     if find_unsupported(present, facts):
@@ -79,19 +79,19 @@ def find_unsupported(names: Collection[str], facts: FamilyFacts) -> UnsupportedC
     return next((known for known in facts.lookalikes if known.signature <= frozenset(names)), None)
 
 
-def recognise_family(names: Collection[str]) -> FamilyFacts | None:
+def recognize_family(names: Collection[str]) -> FamilyFacts | None:
     """Return the family whose diffusion transformer has these tensor names."""
     for facts in FAMILIES.values():
-        found = recognise(names, facts)
+        found = recognize(names, facts)
         if found and found[0].name == facts.denoiser:
             return facts
     return None
 
 
-def recognise_component(names: Collection[str], family: FamilyFacts | None = None) -> Recognised | None:
+def recognize_component(names: Collection[str], family: FamilyFacts | None = None) -> Recognized | None:
     """Return the family, component and layout of these tensor names; a diffusion transformer takes precedence."""
     families = [family] if family else FAMILIES.values()
-    found = [(facts, *known) for facts in families if (known := recognise(names, facts))]
+    found = [(facts, *known) for facts in families if (known := recognize(names, facts))]
     found.sort(key=lambda item: item[2].borrowed)
     denoisers = [item for item in found if item[1].name == item[0].denoiser]
     return next(iter(denoisers or found), None)
@@ -107,10 +107,10 @@ def family_of_files(names: Sequence[Collection[str]], model_ids: Sequence[str | 
         names: the tensor names of each file.
         model_ids: its hub repository, if known.
     """
-    for family in (*map(recognise_family, names), *map(family_of_model, filter(None, model_ids))):
+    for family in (*map(recognize_family, names), *map(family_of_model, filter(None, model_ids))):
         if family:
             return family
-    fitting = [facts for facts in FAMILIES.values() if all(recognise(own, facts) for own in names)]
+    fitting = [facts for facts in FAMILIES.values() if all(recognize(own, facts) for own in names)]
     return fitting[0] if len(fitting) == 1 else None
 
 

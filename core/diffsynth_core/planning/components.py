@@ -45,7 +45,7 @@ def find_components(
     base: Path,
     encoded: EncodedSamples | None = None,
 ) -> ModelPlan | None:
-    """Recognise the components in the files of the model parameters.
+    """Recognize the components in the files of the model parameters.
 
     Reports problems; returns None if not even the family is known. Published sizes are used for missing files, so that
     other problems are reported together with them.

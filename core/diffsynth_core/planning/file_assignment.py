@@ -18,8 +18,8 @@ from diffsynth_core.models.recognition import (
     family_of_model,
     find_unsupported,
     not_trained,
-    recognise,
-    recognise_family,
+    recognize,
+    recognize_family,
 )
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, UnsupportedCheckpoint
@@ -115,10 +115,10 @@ def assign_files(
     taken: dict[str, FileSet] = {}
     for stored in parts:
         file_set, tensors = stored.file_set, stored.names
-        found = recognise(tensors, facts)
+        found = recognize(tensors, facts)
         if found is None:
-            unsupported, other = find_unsupported(tensors, facts), recognise_family(tensors)
-            report(_unrecognised(stored, facts, unsupported, other))
+            unsupported, other = find_unsupported(tensors, facts), recognize_family(tensors)
+            report(_unrecognized(stored, facts, unsupported, other))
             expected = _expected(file_set, facts) or (facts.denoiser if other else None)
             assigned.reported.update(name for name in (unsupported.component if unsupported else expected,) if name)
             continue
@@ -192,7 +192,7 @@ def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) ->
     return config
 
 
-def _unrecognised(
+def _unrecognized(
     found: FoundPart, facts: FamilyFacts, unsupported: UnsupportedCheckpoint | None, other: FamilyFacts | None
 ) -> Problem:
     """Return the problem of files without a component; names unsupported checkpoints and other families'

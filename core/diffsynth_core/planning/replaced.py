@@ -9,7 +9,7 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.model_files import FileSet, locate, split_entry
-from diffsynth_core.models.recognition import component_at, recognise_component
+from diffsynth_core.models.recognition import component_at, recognize_component
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.planning.file_assignment import read_file_set
@@ -18,7 +18,7 @@ from diffsynth_core.planning.file_assignment import read_file_set
 def drop_replaced_entries(resolved: Resolved) -> Resolved:
     """Remove entries of `model_id_with_origin_paths` whose components are in `model_paths`, if that takes precedence.
 
-    Components are recognised by the content of the files. Other parameters that name such an entry, such as
+    Components are recognized by the content of the files. Other parameters that name such an entry, such as
     `fp8_models`, then name the replacing files.
     """
     parameters = resolved.parameters
@@ -38,12 +38,12 @@ def drop_replaced_entries(resolved: Resolved) -> Resolved:
 
 
 def local_components(parameters: Parameters, family: FamilyFacts | None) -> dict[str, FileSet]:
-    """Return the components in `model_paths`, recognised by the tensors of readable files."""
+    """Return the components in `model_paths`, recognized by the tensors of readable files."""
     found: dict[str, FileSet] = {}
     for file_set in locate(parameters.model_paths, (), model_base_path())[0]:
         with suppress(DiffSynthError):  # reported when the run is planned
             for stored in read_file_set(file_set):
-                if known := recognise_component(stored.names, family):
+                if known := recognize_component(stored.names, family):
                     found.setdefault(known[1].name, file_set)
     return found
 

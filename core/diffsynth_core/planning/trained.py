@@ -66,7 +66,7 @@ def check_component(name: str, parameter: str, found: ModelPlan) -> bool:
 
 
 def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]:
-    """Return the problem of a `remove_prefix_in_ckpt` that no key starts with, such as a misspelt component."""
+    """Return the problem of a `remove_prefix_in_ckpt` that no key starts with, such as a misspelled component."""
     asked = parameters.remove_prefix_in_ckpt
     begins = [f"pipe.{name}." for name in facts.component_names]
     if any(begin.startswith(asked) or asked.startswith(begin) for begin in begins):

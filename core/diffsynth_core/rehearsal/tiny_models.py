@@ -12,7 +12,7 @@ from diffsynth_core.errors import DiffSynthError, Problem, report
 from diffsynth_core.files import make_numbered_folder
 from diffsynth_core.hub.model_files import expand_local, locate, split_entry
 from diffsynth_core.models.bases import shapes_in
-from diffsynth_core.models.recognition import component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.recognition import component_at, family_of_model, recognize, recognize_family
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Variant
 from diffsynth_core.planning.file_assignment import FoundPart, read_file_set
@@ -58,7 +58,7 @@ def family_of(resolved: Resolved, named: Sequence[NamedModel]) -> FamilyFacts | 
         parts = None if model.parts else split_entry(model.origin)
         if parts and (facts := family_of_model(parts[0])):
             return facts
-    known = (recognise_family(found.names) for model in named for found in model.parts)
+    known = (recognize_family(found.names) for model in named for found in model.parts)
     return next(filter(None, known), None)
 
 
@@ -83,7 +83,7 @@ def variant_of(named: Sequence[NamedModel], facts: FamilyFacts, inputs: tuple[st
     """Return the variant of the denoiser: from the headers of local files, or from the name of the repository."""
     for model in named:
         for stored in model.parts:
-            found = recognise(stored.names, facts)
+            found = recognize(stored.names, facts)
             if found and found[0].name == facts.denoiser:
                 return facts.variant({facts.denoiser: shapes_in(stored.part, found[1])}, inputs, model.origin)
         parts = None if model.parts else split_entry(model.origin)
@@ -102,8 +102,8 @@ def _swap_files(model: NamedModel, facts: FamilyFacts, substitute: str, base: Pa
     if parts:
         components = [component_at(parts[1], facts, parts[0])]
     else:
-        recognised = [recognise(found.names, facts) for found in model.parts]
-        components = [found[0] if found else None for found in recognised]
+        recognized = [recognize(found.names, facts) for found in model.parts]
+        components = [found[0] if found else None for found in recognized]
     entries = []
     for component in components:
         if component is None:

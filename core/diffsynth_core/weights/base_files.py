@@ -44,7 +44,7 @@ encoders, and constants of CLIP's training.
 """
 PROJECTIONS = ("text_projection.weight", "visual_projection.weight")
 """Suffixes of CLIP's projections, which are not used."""
-QUANTISED = (
+QUANTIZED = (
     *("absmax", "quant_map", "SCB", "weight_format", "qweight", "qzeros", "wscales", "_weight_qdata"),
     *("nested_absmax", "nested_quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
     *("weight_scale_2", "pre_quant_scale", "weight_scalar", "weight_s_rel"),
@@ -118,9 +118,9 @@ def find_weights(origin: str, tensors: Mapping[str, TensorHeader]) -> BaseTensor
     Raises:
         DiffSynthError: if weights are quantized in an unsupported way, or a scale fits no weight.
     """
-    quantised = [name for name in tensors if name.rpartition(".")[2] in QUANTISED]
-    if quantised:
-        raise _quantised(origin, quantised)
+    quantized = [name for name in tensors if name.rpartition(".")[2] in QUANTIZED]
+    if quantized:
+        raise _quantized(origin, quantized)
     scales: dict[str, Scale] = {}
     for name in tensors:
         ending = next((ending for ending in WEIGHT_SCALES if name.endswith(ending)), None)
@@ -191,7 +191,7 @@ def _check_scale(origin: str, weight: str, scale: str, tensors: Mapping[str, Ten
         )
     stored, by = tensors[weight], tensors[scale]
     if stored.dtype not in FLOAT8 or by.dtype not in ("F32", "F16", "BF16", "F64"):
-        raise _quantised(origin, [scale], f"; `{weight}` is {stored.dtype}, its scale {by.dtype}")
+        raise _quantized(origin, [scale], f"; `{weight}` is {stored.dtype}, its scale {by.dtype}")
     if scale_grid(by.shape, stored.shape) is None:
         raise DiffSynthError(
             f"`{origin}`: the scale `{scale}` of shape {list(by.shape)} does not match `{weight}` of shape {list(stored.shape)}",
@@ -199,7 +199,7 @@ def _check_scale(origin: str, weight: str, scale: str, tensors: Mapping[str, Ten
         )
 
 
-def _quantised(origin: str, names: list[str], more: str = "") -> DiffSynthError:
+def _quantized(origin: str, names: list[str], more: str = "") -> DiffSynthError:
     return DiffSynthError(
         f"`{origin}` contains quantized weights ({list_names(names, 1)}){more}: only scaled fp8 is supported",
         "use the original weights in bfloat16, or a file in scaled fp8",
@@ -216,7 +216,7 @@ def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[st
             transforms = [name for name in CHANGES_OF_BASIS if isinstance(config, dict) and config.get(name)]
             if stated not in FLOAT8_FORMATS or transforms:
                 name = ", ".join([str(stated), *transforms])
-                raise _quantised(origin, [f"{layer}{QUANT_CONFIG}"], f"; the format of this layer is `{name}`")
+                raise _quantized(origin, [f"{layer}{QUANT_CONFIG}"], f"; the format of this layer is `{name}`")
             if layer not in layers and f"{layer}.weight" in tensors:
                 raise DiffSynthError(
                     f"`{origin}` declares `{layer}` as {stated} with a scale, but contains no scale for it",

@@ -233,7 +233,7 @@ def pairs_of(lora: ModuleLora) -> list[LoraPair]:
 
 def group_by_a(pairs: Iterable[LoraPair]) -> list[list[LoraPair]]:
     """Those with the same A, bit for bit, together: they share columns of B."""
-    # Formats that split q, k and v store the A of a fused module several times. Recognised as one, it keeps its rank.
+    # Formats that split q, k and v store the A of a fused module several times. Recognized as one, it keeps its rank.
     present = list(pairs)
     if len(present) < 2:
         return [present] if present else []

@@ -125,8 +125,8 @@ def test_a_gated_model(download, hub, source, folder):
     outcome = download(f"{MODEL}:vae/diffusion_pytorch_model.safetensors")
     assert outcome.code == 1
     assert outcome.err.endswith(
-        f"error: {title} denied access to `{MODEL}`: its licence is not accepted, or it is private\n"
-        f"  hint: accept the licence at {hub.url}/{pages}{MODEL}, and log in with `{login}`\n"
+        f"error: {title} denied access to `{MODEL}`: its license is not accepted, or it is private\n"
+        f"  hint: accept the license at {hub.url}/{pages}{MODEL}, and log in with `{login}`\n"
     )
     assert len(hub.tokens) > 0 and files_below(folder) == {}
 

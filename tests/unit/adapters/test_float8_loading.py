@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth_core.adapters.float8 import Float8Linear
 from diffsynth_core.models import loading
 from diffsynth_core.models.loading import build_empty, load_component, shape_problems, stored_dtypes
-from diffsynth_core.models.recognition import recognise
+from diffsynth_core.models.recognition import recognize
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.progress import SilentReporter
@@ -37,7 +37,7 @@ def family():
 
 
 def files_of(paths: tuple[Path, ...], component: str = "dit", config: Path | None = None) -> ComponentFiles:
-    _, layout = recognise(read_headers(paths), load_family("qwen-image").facts)
+    _, layout = recognize(read_headers(paths), load_family("qwen-image").facts)
     config = config or paths[0].parent / "config.json"
     return ComponentFiles(component, "x", paths, config, layout, float8=True)
 

@@ -47,7 +47,7 @@ def test_frames_are_resampled_as_ffmpeg_resamples_those_of_a_gif(tmp_path, rate)
     assert np.abs(expected.astype(int) - found).max() <= 8  # of a palette
 
 
-def test_clear_parts_are_white_and_colours_are_converted(tmp_path):
+def test_clear_parts_are_white_and_colors_are_converted(tmp_path):
     clear = np.concatenate([numbered(3), np.full((3, 48, 64, 1), 255, np.uint8)], -1)
     clear[:, 40:, 56:, 3] = 0
     path = write(tmp_path / "clear.webp", clear, 100, icc_profile=rgb_profile("Display P3"))

@@ -71,11 +71,11 @@ def test_any_size_fills_any_target_without_a_border(tmp_path, height, width, tar
 
 def files_of_all_kinds(folder) -> list:
     """One file per kind, 40 wide and 24 high when upright."""
-    grey = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
+    gray = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
     rgb = Image.fromarray(coordinates(24, 40))
     sideways = Image.Exif()
     sideways[EXIF_ORIENTATION] = 8
-    Image.fromarray(grey).save(folder / "grey16.png")
+    Image.fromarray(gray).save(folder / "gray16.png")
     rgb.transpose(Image.Transpose.ROTATE_270).save(folder / "sideways.jpg", exif=sideways)
     rgb.save(folder / "progressive.jpg", progressive=True)
     rgb.convert("CMYK").save(folder / "cmyk.tif")

@@ -76,8 +76,8 @@ def in_mode(mode: str) -> tuple[Image.Image, dict, list[int]]:
         image.putpalette([9, 9, 9, 7, 7, 7, 0, 0, 0])
         return image, {"transparency": 0}, [255, 7, 0]
     if mode in ("L", "RGB"):
-        grey = Image.fromarray(np.repeat(np.array([[9, 7, 0]], np.uint8), 16, axis=1).repeat(16, axis=0))
-        return grey.convert(mode), {"transparency": 9 if mode == "L" else (9, 9, 9)}, [255, 7, 0]
+        gray = Image.fromarray(np.repeat(np.array([[9, 7, 0]], np.uint8), 16, axis=1).repeat(16, axis=0))
+        return gray.convert(mode), {"transparency": 9 if mode == "L" else (9, 9, 9)}, [255, 7, 0]
     bands = [black] * (1 if mode == "LA" else 3) + [alpha]
     return Image.merge(mode, [Image.fromarray(band) for band in bands]), {}, [255, 127, 0]
 
@@ -99,19 +99,19 @@ def test_transparency_survives_turning_upright(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bit_greys_are_scaled_and_not_clipped(tmp_path, ending):
+def test_sixteen_bit_grays_are_scaled_and_not_clipped(tmp_path, ending):
     values = np.array([[0, 257, 32896, 65278, 65535]], np.uint16).repeat(16, axis=0).repeat(16, axis=1)
-    Image.fromarray(values).save(tmp_path / f"grey.{ending}")
-    loaded = load_image(tmp_path / f"grey.{ending}", 16, 80)
+    Image.fromarray(values).save(tmp_path / f"gray.{ending}")
+    loaded = load_image(tmp_path / f"gray.{ending}", 16, 80)
     assert loaded[8, 8::16].tolist() == [[value] * 3 for value in (0, 1, 128, 254, 255)]
-    assert not read_image_header(tmp_path / f"grey.{ending}").transparent
+    assert not read_image_header(tmp_path / f"gray.{ending}").transparent
 
 
-def test_a_sixteen_bit_grey_with_a_transparent_value_is_composed_on_white(tmp_path):
+def test_a_sixteen_bit_gray_with_a_transparent_value_is_composed_on_white(tmp_path):
     values = np.array([[0, 32896, 65535]], np.uint16).repeat(16, axis=0).repeat(16, axis=1)
-    Image.fromarray(values).save(tmp_path / "grey.png", transparency=0)
-    assert read_image_header(tmp_path / "grey.png").transparent
-    assert load_image(tmp_path / "grey.png", 16, 48)[8, 8::16, 0].tolist() == [255, 128, 255]
+    Image.fromarray(values).save(tmp_path / "gray.png", transparency=0)
+    assert read_image_header(tmp_path / "gray.png").transparent
+    assert load_image(tmp_path / "gray.png", 16, 48)[8, 8::16, 0].tolist() == [255, 128, 255]
 
 
 @pytest.mark.parametrize("ink", [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255)])

@@ -138,15 +138,15 @@ def test_the_geometry_is_that_of_images(tmp_path, size, target):
     ("matrix", "spread"), [("bt709", "tv"), ("bt709", "pc"), ("smpte170m", "tv"), ("bt2020nc", "tv"), (None, "tv")]
 )
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p10le"])
-def test_colours_follow_the_tags(tmp_path, matrix, spread, pixels):
-    colours = np.array([[200, 30, 40], [30, 180, 60], [40, 60, 210], [128, 128, 128], [230, 220, 40]], np.uint8)
-    frames = np.broadcast_to(colours.repeat(32, axis=0)[None, None], (2, 32, 160, 3))
+def test_colors_follow_the_tags(tmp_path, matrix, spread, pixels):
+    colors = np.array([[200, 30, 40], [30, 180, 60], [40, 60, 210], [128, 128, 128], [230, 220, 40]], np.uint8)
+    frames = np.broadcast_to(colors.repeat(32, axis=0)[None, None], (2, 32, 160, 3))
     conversion = f"scale=out_color_matrix={matrix or 'smpte170m'}:out_range={spread}:flags=accurate_rnd"
     tags = ["-colorspace", matrix, "-color_range", spread] if matrix else []
     coding = ["-c:v", "libx264", "-qp", "0", *tags]
     path = write_clip(tmp_path / "clip.mp4", frames, "-vf", f"{conversion},format={pixels}", *coding)
     clip = load_clip(path, 0, 2, 32, 160, None)
-    assert_allclose(clip[1, 16, 16::32].astype(int), colours, atol=3)
+    assert_allclose(clip[1, 16, 16::32].astype(int), colors, atol=3)
 
 
 def test_what_is_clear_in_a_gif_is_white(tmp_path):

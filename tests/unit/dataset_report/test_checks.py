@@ -107,19 +107,19 @@ def test_near_images_are_all_found_and_no_others():
         for value in hashes[:60]
         for bit, other in [generator.integers(0, 64, 2)]
     ]
-    colours = [bytes(generator.integers(0, 256, 192, dtype=np.uint8)) for _ in range(300)]
-    colours += [
-        bytes(min(255, value + 5) for value in colours[index]) if index % 2 else colours[-1 - index]
+    colors = [bytes(generator.integers(0, 256, 192, dtype=np.uint8)) for _ in range(300)]
+    colors += [
+        bytes(min(255, value + 5) for value in colors[index]) if index % 2 else colors[-1 - index]
         for index in range(60)
     ]
     images = [
-        ImageFacts(str(index), 1, difference_hash=value, colours=colour)
-        for index, (value, colour) in enumerate(zip(hashes, colours, strict=True))
+        ImageFacts(str(index), 1, difference_hash=value, colors=color)
+        for index, (value, color) in enumerate(zip(hashes, colors, strict=True))
     ]
     expected: dict[str, tuple[str, int]] = {}
     for one, other in combinations(images, 2):
         bits = (one.difference_hash ^ other.difference_hash).bit_count()
-        apart = np.abs(np.frombuffer(one.colours, np.uint8).astype(int) - np.frombuffer(other.colours, np.uint8)).mean()
+        apart = np.abs(np.frombuffer(one.colors, np.uint8).astype(int) - np.frombuffer(other.colors, np.uint8)).mean()
         if bits <= 3 and apart <= 12:
             expected.setdefault(other.path, (one.path, bits))
     assert near_images(images, 3, 12.0) == expected
@@ -272,7 +272,7 @@ def test_a_caption_may_have_more_tokens_than_characters(found, monkeypatch):
 
 
 @pytest.mark.parametrize(("levels", "codes"), [((128, 132), [("MASK_EMPTY", 1)]), ((128, 133), [])])
-def test_a_mask_of_one_colour_but_for_noise_is_empty(found, levels, codes):
+def test_a_mask_of_one_color_but_for_noise_is_empty(found, levels, codes):
     mask = Image.new("L", COFFEE.size, levels[0])
     mask.paste(levels[1], (0, 0, COFFEE.width // 2, COFFEE.height))
     rows = [["coffee.png", "mask.png", "a"]]

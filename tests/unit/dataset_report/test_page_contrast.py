@@ -1,4 +1,4 @@
-"""The colours of the page, light and dark: https://www.w3.org/TR/WCAG22/, level AA."""
+"""The colors of the page, light and dark: https://www.w3.org/TR/WCAG22/, level AA."""
 
 import re
 from importlib.resources import files
@@ -23,7 +23,7 @@ DECORATION = {"line", "crop"}
 
 
 def schemes() -> dict[str, dict[str, str]]:
-    """The variables of the style sheet by colour scheme; the dark one leaves the rest as in the light one."""
+    """The variables of the style sheet by color scheme; the dark one leaves the rest as in the light one."""
     style = (files("diffsynth_core.dataset_report") / "page" / "report.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     found = [dict(re.findall(r"--([\w-]+): (#\w+);", block)) for block in (light, dark)]
@@ -54,7 +54,7 @@ def test_every_pair_has_the_contrast_of_level_aa(scheme):
     assert {pair: round(value, 2) for pair, value in low.items() if value < PAIRS[pair]} == {}
 
 
-def test_every_colour_is_held_against_what_it_stands_on():
+def test_every_color_is_held_against_what_it_stands_on():
     for colors in schemes().values():
         assert set(colors) == {name for pair in PAIRS for name in pair} | DECORATION
     light, dark = schemes().values()

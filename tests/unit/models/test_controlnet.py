@@ -16,7 +16,7 @@ from diffsynth_core.models.flux.forward import predict_velocity as predict_flux
 from diffsynth_core.models.qwen_image import keys as qwen_names
 from diffsynth_core.models.qwen_image import tiny as tiny_qwen
 from diffsynth_core.models.qwen_image.forward import predict_velocity as predict_qwen
-from diffsynth_core.models.recognition import find_unsupported, recognise, recognise_family
+from diffsynth_core.models.recognition import find_unsupported, recognize, recognize_family
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.size_facts import LatentFacts
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts
@@ -48,9 +48,9 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def test_a_controlnet_is_told_from_the_transformer(family):
     for component in ("dit", "controlnet"):
         names = module_of(family, component).state_dict().keys()
-        found = recognise(names, FAMILIES[family])
+        found = recognize(names, FAMILIES[family])
         assert found is not None and found[0].name == component
-        assert recognise_family(names) is (FAMILIES[family] if component == "dit" else None)
+        assert recognize_family(names) is (FAMILIES[family] if component == "dit" else None)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_other_controlnets_are_told_what_they_are(family, names, title):
     known = module_of(family, "controlnet").state_dict().keys()
     unsupported = find_unsupported(known | names, FAMILIES[family])
     assert unsupported is not None and unsupported.title.startswith(title) and unsupported.component == "controlnet"
-    assert recognise(known | names, FAMILIES[family]) is None
+    assert recognize(known | names, FAMILIES[family]) is None
 
 
 def test_the_controlnet_of_the_other_family_is_told():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffsynth_core.models.flux import keys
 from diffsynth_core.models.flux.components import build
 from diffsynth_core.models.flux.spec import FLUX
-from diffsynth_core.models.recognition import recognise
+from diffsynth_core.models.recognition import recognize
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap, TableMap
@@ -209,7 +209,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=" ".join)
-def test_each_layout_is_recognised_and_no_other_family_takes_it(case):
+def test_each_layout_is_recognized_and_no_other_family_takes_it(case):
     component, (place, table) = case[0], LAYOUTS[case]
     present = in_names_of(table, tensors_of(component)).keys()
     layouts = [(facts.name, layout) for facts in FLUX.components for layout in facts.layouts]
@@ -218,7 +218,7 @@ def test_each_layout_is_recognised_and_no_other_family_takes_it(case):
     assert fitting[0][1].names == table
     for facts in FAMILIES.values():
         if facts is not FLUX and component == "dit":
-            assert recognise(present, facts) is None
+            assert recognize(present, facts) is None
     assert not any(known.signature <= present for known in FLUX.lookalikes)
 
 
@@ -246,7 +246,7 @@ def test_other_transformers_are_not_taken_for_it():
             SD3Transformer2DModel(**sizes, caption_projection_dim=32),
         ]
     for other in others:
-        assert recognise(other.state_dict().keys(), FLUX) is None
+        assert recognize(other.state_dict().keys(), FLUX) is None
 
 
 def test_every_parameter_of_the_transformer_and_the_text_encoders_is_reached():

@@ -15,7 +15,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux2 import keys
 from diffsynth_core.models.flux2.components import build
 from diffsynth_core.models.flux2.spec import FLUX2, reference_size, variant
-from diffsynth_core.models.recognition import component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.recognition import component_at, family_of_model, recognize, recognize_family
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
 from diffsynth_core.weights.lora_formats import LORA_FORMATS
@@ -52,12 +52,12 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("component", MODULES)
-def test_components_are_recognised_and_no_other_family_takes_them(component):
+def test_components_are_recognized_and_no_other_family_takes_them(component):
     tensors = shapes_of(module_of(component))
     for facts in FAMILIES.values():
-        found = recognise(tensors, facts)
+        found = recognize(tensors, facts)
         assert (found[0].name if found else None) == (component if facts is FLUX2 else None)
-    assert recognise_family(tensors) is (FLUX2 if component == "dit" else None)
+    assert recognize_family(tensors) is (FLUX2 if component == "dit" else None)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):
     spellings = (written, frozenset(module.state_dict()))
     told = [[known.title for known in FLUX2.lookalikes if known.signature <= spelling] for spelling in spellings]
     assert told == [["the Mistral text encoder of FLUX.2-dev"], ["a Mistral text encoder such as that of FLUX.2-dev"]]
-    assert all(recognise(spelling, FLUX2) is None for spelling in spellings)
+    assert all(recognize(spelling, FLUX2) is None for spelling in spellings)
 
 
 def test_black_forest_labs_own_file_is_told_from_that_of_flux_1():
@@ -236,8 +236,8 @@ def test_black_forest_labs_own_file_is_told_from_that_of_flux_1():
         *(f"single_blocks.0.{part}.weight" for part in ("linear1", "linear2")),
         *("final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"),
     }
-    assert recognise_family(tensors) is FLUX2
-    component, layout = recognise(tensors, FLUX2)
+    assert recognize_family(tensors) is FLUX2
+    component, layout = recognize(tensors, FLUX2)
     assert component.name == "dit" and all(layout.names.to_targets(name) for name in tensors)
 
 

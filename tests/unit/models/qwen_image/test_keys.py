@@ -4,7 +4,7 @@ import pytest
 
 from diffsynth_core.models.qwen_image.keys import LAST_TEXT_MODULES, LORA_TARGETS, TEXT_ENCODER_FILES, dead_modules
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
-from diffsynth_core.models.recognition import component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.recognition import component_at, family_of_model, recognize, recognize_family
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import match_targets, modules_with_weights
 
@@ -122,10 +122,10 @@ def test_modules_that_can_carry_a_lora_have_a_matrix_or_a_convolution():
         (set(), None),
     ],
 )
-def test_components_are_recognised_by_their_names(names, component):
-    found = recognise(names, QWEN_IMAGE)
+def test_components_are_recognized_by_their_names(names, component):
+    found = recognize(names, QWEN_IMAGE)
     assert (found[0].name if found else None) == component
-    family = recognise_family(names)
+    family = recognize_family(names)
     assert (family.name if family else None) == ("qwen-image" if component == "dit" else None)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
-from diffsynth_core.models.recognition import recognise
+from diffsynth_core.models.recognition import recognize
 from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
 from diffsynth_core.models.wan import keys
 from diffsynth_core.models.wan.components import build
@@ -270,7 +270,7 @@ def test_qwen_image_s_vae_has_the_names_of_vae_2_1():
     with torch.device("meta"):
         module = AutoencoderKLQwenImage(base_dim=4)
     assert module.state_dict().keys() == tensors_of("vae 2.1").keys()
-    assert recognise(tensors_of("t2v"), QWEN_IMAGE) is None
+    assert recognize(tensors_of("t2v"), QWEN_IMAGE) is None
 
 
 def test_the_decoder_is_all_of_a_vae_that_a_clip_does_not_reach():

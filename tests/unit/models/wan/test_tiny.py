@@ -219,7 +219,7 @@ def test_images_stay_apart_in_clip_as_its_processor_prepares_them(tmp_path):
 
     encoder = load(tmp_path, *OTHERS["clip diffusers"])
     processor = CLIPImageProcessor.from_pretrained(tmp_path / OTHERS["clip diffusers"][1] / "image_processor")
-    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "navy")]
+    images = [Image.new("RGB", (64, 64), color) for color in ("red", "navy")]
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         states = encoder(pixels, output_hidden_states=True).hidden_states[-2]

@@ -10,13 +10,13 @@ from functools import lru_cache
 
 from PIL import Image, ImageCms
 
-COLOUR_TRANSFORM = 1
+COLOR_TRANSFORM = 1
 """Incremented when the conversion changes, so that older encodings are not reused."""
 SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 """Color space of a profile -> Pillow mode of the pixels that it applies to."""
 SPACE_NAMES = {"RGB ": "RGB", "GRAY": "gray", "CMYK": "CMYK", "Lab ": "LAB"}
 """Color space of a profile -> its name in messages."""
-SAME_COLOUR = 2
+SAME_COLOR = 2
 """Maximum difference, of 255, between colors of a profile and of sRGB that count as equal."""
 PROBED_LEVELS = 7
 """Levels per channel of the grid on which a profile is compared with sRGB."""
@@ -27,9 +27,9 @@ SHOWN_OF_A_NAME = 40
 
 EXIF_IFD, INTEROPERABILITY_IFD = 0x8769, 0xA005
 """Tags of EXIF directories."""
-EXIF_COLOUR_SPACE, INTEROPERABILITY_INDEX = 0xA001, 1
+EXIF_COLOR_SPACE, INTEROPERABILITY_INDEX = 0xA001, 1
 """EXIF tags that mark the color space."""
-ADOBE_RGB_COLOUR_SPACE, ADOBE_RGB_INDEX = 2, "R03"
+ADOBE_RGB_COLOR_SPACE, ADOBE_RGB_INDEX = 2, "R03"
 """How cameras mark Adobe RGB without a profile (DCF 2.0)."""
 SRGB_GAMMA = 0.45455
 """Gamma of a PNG (gAMA) with sRGB colors."""
@@ -42,7 +42,7 @@ SDR_PRIMARIES, SDR_TRANSFERS = (1, 2), (1, 2, 6, 13)
 
 
 @dataclass(frozen=True)
-class Colours:
+class Colors:
     """The colors of an image, if they are not plain sRGB.
 
     Attributes:
@@ -54,18 +54,18 @@ class Colours:
     doubt: str = ""
 
 
-def colours_of(image: Image.Image) -> Colours:
+def colors_of(image: Image.Image) -> Colors:
     """Return the colors of an opened image, without decoding pixels."""
     data = image.info.get("icc_profile")
     if not data:
-        return Colours(doubt=_unfollowed(image))
+        return Colors(doubt=_unfollowed(image))
     known = _inspect(data)
     if known.doubt:
-        return Colours(doubt=known.doubt)
+        return Colors(doubt=known.doubt)
     if not _fits(known.space, image.mode):
         space = SPACE_NAMES[known.space]
-        return Colours(doubt=f"colour profile `{known.name}` is for {space}, but the pixels are {image.mode}")
-    return Colours(profile="" if known.is_srgb else known.name)
+        return Colors(doubt=f"color profile `{known.name}` is for {space}, but the pixels are {image.mode}")
+    return Colors(profile="" if known.is_srgb else known.name)
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -96,12 +96,12 @@ def _inspect(data: bytes) -> _Profile:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         space = profile.profile.xcolor_space
         if space not in SPACES:
-            return _Profile(doubt=f"colour profiles for `{space.strip()}` are not supported")
+            return _Profile(doubt=f"color profiles for `{space.strip()}` are not supported")
         description = profile.profile.profile_description or profile.profile.model or SPACE_NAMES[space]
         name = " ".join(description.split())[:SHOWN_OF_A_NAME]
         is_srgb = _is_srgb(data, SPACES[space])
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        return _Profile(doubt=f"damaged colour profile ({error})")
+        return _Profile(doubt=f"damaged color profile ({error})")
     return _Profile(name, space, is_srgb)
 
 
@@ -115,7 +115,7 @@ def _is_srgb(data: bytes, mode: str) -> bool:
     grid = np.stack(np.meshgrid(*[levels] * 3, indexing="ij"), -1).reshape(1, -1, 3) if mode == "RGB" else levels[None]
     probe = Image.fromarray(np.ascontiguousarray(grid))
     converted = ImageCms.applyTransform(probe, _transform(data, mode))
-    return bool(np.abs(np.asarray(converted).astype(int) - np.asarray(probe.convert("RGB"))).max() <= SAME_COLOUR)
+    return bool(np.abs(np.asarray(converted).astype(int) - np.asarray(probe.convert("RGB"))).max() <= SAME_COLOR)
 
 
 @lru_cache(maxsize=KEPT_PROFILES)
@@ -126,10 +126,10 @@ def _transform(data: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 def _fits(space: str, mode: str) -> bool:
     """Return whether a profile of a color space can apply to pixels of a mode; gray counts as three equal channels."""
-    grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
+    gray = mode in ("1", "L", "LA", "La") or mode.startswith("I")
     return {
-        "RGB ": mode in ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr") or grey,
-        "GRAY": grey,
+        "RGB ": mode in ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr") or gray,
+        "GRAY": gray,
         "CMYK": mode == "CMYK",
         "Lab ": mode == "LAB",
     }[space]
@@ -138,14 +138,14 @@ def _fits(space: str, mode: str) -> bool:
 def _unfollowed(image: Image.Image) -> str:
     """Return what states, without a profile, that an image is not sRGB; empty if nothing does."""
     if image.format in ("JPEG", "MPO", "TIFF") and _is_marked_adobe_rgb(image):
-        return "no colour profile, but the EXIF data declares Adobe RGB"
+        return "no color profile, but the EXIF data declares Adobe RGB"
     if image.format == "PNG" and "srgb" not in image.info:
         gamma = image.info.get("gamma")
         if gamma and abs(gamma - SRGB_GAMMA) > GAMMA_SLACK:
-            return f"no colour profile, but a gamma of {gamma:g} (gAMA)"
+            return f"no color profile, but a gamma of {gamma:g} (gAMA)"
     points = _code_points(image) if image.format in ("PNG", "AVIF", "HEIF") else None
     if points and (points[0] not in SDR_PRIMARIES or points[1] not in SDR_TRANSFERS):
-        return f"no colour profile, but primaries {points[0]} and transfer {points[1]} (H.273)"
+        return f"no color profile, but primaries {points[0]} and transfer {points[1]} (H.273)"
     return ""
 
 
@@ -157,7 +157,7 @@ def _is_marked_adobe_rgb(image: Image.Image) -> bool:
     marked = exif.get_ifd(INTEROPERABILITY_IFD) or (index if isinstance(index, dict) else {})
     return (
         marked.get(INTEROPERABILITY_INDEX) == ADOBE_RGB_INDEX
-        or exif.get_ifd(EXIF_IFD).get(EXIF_COLOUR_SPACE) == ADOBE_RGB_COLOUR_SPACE
+        or exif.get_ifd(EXIF_IFD).get(EXIF_COLOR_SPACE) == ADOBE_RGB_COLOR_SPACE
     )
 
 
