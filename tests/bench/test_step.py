@@ -62,7 +62,7 @@ def _bare_steps(plan: RunPlan) -> float:
     encodings = plan_encodings(plan, SilentReporter())
     model = build_training_module(plan, encodings, family, torch.device("cpu"), SilentReporter())
     encoded = [
-        {name: tensor for part in encodings.encoders for name, tensor in part.cache.read(part.keys[sample]).items()}
+        {name: tensor for part in encodings.encoders for name, tensor in part.cache.read(part.key(sample)).items()}
         for sample in range(4)
     ]
     batch = family.collate(encoded)

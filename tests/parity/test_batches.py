@@ -42,7 +42,7 @@ def micro_batch(encodings, samples: list[int]) -> MicroBatch:
     encoded = []
     for sample in samples:
         encoded.append(
-            {name: tensor for part in encodings.encoders for name, tensor in part.cache.read(part.keys[sample]).items()}
+            {name: tensor for part in encodings.encoders for name, tensor in part.cache.read(part.key(sample)).items()}
         )
     refs = tuple(SampleRef(sample, repeat=0) for sample in samples)
     return MicroBatch(0, refs, tuple(encoded), tuple({} for _ in samples), counts=True)

@@ -62,7 +62,7 @@ def made(plan: RunPlan, encodings: EncodingsPlan) -> EncodedSize:
     total = EncodedSize()
     for part in encodings.encoders:
         for index in range(len(plan.data.samples.samples)):
-            numbers = sum(tensor.numel() for tensor in part.cache.read(part.keys[index]).values())
+            numbers = sum(tensor.numel() for tensor in part.cache.read(part.key(index)).values())
             total += EncodedSize(wide=numbers) if part.encoder.latents else EncodedSize(narrow=numbers)
     return total
 

@@ -49,6 +49,7 @@ class Sample:
 
     Attributes:
         sampling: parameters of the few-step sampler, for distillation.
+        other_captions: captions besides `caption`, of which each draw of the sample takes one (data/captions.py).
     """
 
     row: int
@@ -56,6 +57,12 @@ class Sample:
     target: MediaCrop
     conditions: Mapping[str, tuple[MediaCrop, ...]] = field(default_factory=dict)
     sampling: Sampling | None = None
+    other_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, by choice."""
+        return self.caption, *self.other_captions
 
     @property
     def bucket(self) -> Hashable:

@@ -9,7 +9,7 @@ from diffsynth_core.data.conditions import Columns, Condition, TargetSpec
 from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule
 from diffsynth_core.errors import Problem, suggest
-from diffsynth_core.models.registry import CONDITIONS, FRAME_INPUTS, LATER_INPUTS
+from diffsynth_core.models.registry import all_conditions, all_frame_inputs, all_later_inputs
 from diffsynth_core.models.spec import FamilyFacts, Variant
 
 TEXT_COLUMN = "prompt"
@@ -33,19 +33,15 @@ def general_columns(present: Sequence[str], file_columns: Sequence[str]) -> Colu
     """
     target = next((name for name in TARGET_COLUMNS if name in present), TARGET_COLUMNS[-1])
     masks = {mask.column: mask for mask in MASKS}
-    named = dict.fromkeys((*TARGET_COLUMNS, *CONDITIONS, *FRAME_INPUTS, *file_columns))
+    known = all_conditions()
+    named = dict.fromkeys((*TARGET_COLUMNS, *known, *all_frame_inputs(), *file_columns))
     references = [name for name in named if name in present and name not in (target, *masks)]
     conditions = (
-        *(Condition(name, name, "target" if _is_aligned(name) else None) for name in references),
+        *(Condition(name, name, "target" if name in known and known[name].aligned else None) for name in references),
         *(mask for column, mask in masks.items() if column in present),
     )
     of_tasks = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.columns))
     return Columns(TEXT_COLUMN, target, conditions, others=of_tasks)
-
-
-def _is_aligned(column: str) -> bool:
-    """Whether images of a column are to lie over the target, whatever the family."""
-    return column in CONDITIONS and CONDITIONS[column].aligned
 
 
 def media_rule(parameters: Parameters, target: TargetSpec) -> MediaRule:
@@ -68,11 +64,11 @@ def shown_frames(parameters: Parameters, variant: Variant) -> tuple[str, ...]:
 
 def column_hints(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> Mapping[str, str]:
     """Column -> what makes it be read, or why nothing does, for columns that this run does not read."""
-    hints = dict.fromkeys(CONDITIONS, f"other families read it; {LEAVE_OUT}")
-    hints |= dict.fromkeys(LATER_INPUTS, f"this condition is not supported yet; {LEAVE_OUT}")
+    hints = dict.fromkeys(all_conditions(), f"other families read it; {LEAVE_OUT}")
+    hints |= dict.fromkeys(all_later_inputs(), f"this condition is not supported yet; {LEAVE_OUT}")
     hints |= {
         name: f"`{name}` is a frame of the clip itself, enabled with `--extra_inputs`; the column can be removed"
-        for name in FRAME_INPUTS
+        for name in all_frame_inputs()
     }
     objective = next(name for name, task in TASKS.items() if task.columns)
     hints |= dict.fromkeys(TASKS[objective].columns, f"`--task {objective}` reads it")

@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE, WAN, FLUX, FLUX2)}
 """Name -> facts."""
 
-_IMPLEMENTATIONS = {
-    "qwen-image": ("diffsynth_core.models.qwen_image.family", "QwenImage"),
-    "wan": ("diffsynth_core.models.wan.family", "Wan"),
-    "flux": ("diffsynth_core.models.flux.family", "Flux"),
-    "flux2": ("diffsynth_core.models.flux2.family", "Flux2"),
-}
+
+def all_conditions() -> dict[str, Condition]:
+    """Return metadata column -> the first condition that a family reads there."""
+    found: dict[str, Condition] = {}
+    for condition in (condition for facts in FAMILIES.values() for condition in facts.conditions):
+        found.setdefault(condition.column, condition)
+    return found
 
 
-CONDITIONS: dict[str, Condition] = {}
-"""Metadata column -> the first condition that a family reads there."""
-for _facts in FAMILIES.values():
-    for _condition in _facts.conditions:
-        CONDITIONS.setdefault(_condition.column, _condition)
-FRAME_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.frame_inputs))
-"""Extra inputs that are frames of the target clip, of all families."""
-LATER_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.later_inputs))
-"""Extra inputs of DiffSynth-Studio that are not supported yet."""
+def all_frame_inputs() -> dict[str, None]:
+    """Return the extra inputs that are frames of the target clip, of all families."""
+    return dict.fromkeys(name for facts in FAMILIES.values() for name in facts.frame_inputs)
+
+
+def all_later_inputs() -> dict[str, None]:
+    """Return the extra inputs of DiffSynth-Studio that are not supported yet."""
+    return dict.fromkeys(name for facts in FAMILIES.values() for name in facts.later_inputs)
 
 
 def unknown_family(name: str) -> Problem:
@@ -46,7 +46,7 @@ def unknown_family(name: str) -> Problem:
 
 def load_family(name: str) -> "Family":
     """Return the implementation of a family; imports torch and the model libraries."""
-    module_name, class_name = _IMPLEMENTATIONS[name]
+    module_name, _, class_name = FAMILIES[name].implementation.partition(":")
     family: Family = getattr(import_module(module_name), class_name)()
     return family
 

@@ -236,6 +236,7 @@ class FamilyFacts:
     """What is known about a family before weights or libraries are loaded.
 
     Attributes:
+        implementation: `module:class` of its `Family`, which imports torch.
         model_ids: patterns (fnmatch) of the hub repositories of its models.
         variant: function from shapes by component (module keys), requested extra inputs, and what the user wrote for
             the denoiser's files (or for all files, without a denoiser) to the variant; raises DiffSynthError for
@@ -253,6 +254,7 @@ class FamilyFacts:
     """
 
     name: str
+    implementation: str
     title: str
     model_ids: tuple[str, ...]
     components: tuple[ComponentFacts, ...]

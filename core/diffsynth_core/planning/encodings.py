@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
 from diffsynth_core.data.encoded_samples import EncodedSamples, encodings_folder
@@ -21,22 +22,35 @@ ENTRIES = "encodings.jsonl"
 """File in the cache folder with the results of verifying encodings."""
 
 
+class EncodingRef(NamedTuple):
+    """An encoding of a sample, by index: that of one of its captions."""
+
+    sample: int
+    choice: int = 0
+
+
 @dataclass(frozen=True)
 class EncoderPlan:
     """One encoder in a run.
 
     Attributes:
         online: its component trains, so its output is computed in every step. Otherwise `keys` are the cache entries
-            of the needed samples (by index), and `missing` those to encode, some of which exist but are `damaged`. A
-            precompute task writes into its own folder, and copies what the cache already has.
+            of the needed encodings, and `missing` those to encode, some of which exist but are `damaged`. A precompute
+            task writes into its own folder, and copies what the cache already has.
+        reads_text: it encodes each caption of a sample; others have the choice 0 alone.
     """
 
     encoder: EncoderFacts
     online: bool
     cache: EncodingCache
-    keys: Mapping[int, str]
-    missing: tuple[int, ...]
-    damaged: tuple[int, ...] = ()
+    keys: Mapping[EncodingRef, str]
+    missing: tuple[EncodingRef, ...]
+    damaged: tuple[EncodingRef, ...] = ()
+    reads_text: bool = False
+
+    def key(self, sample: int, choice: int = 0) -> str:
+        """Return the cache entry of a sample with one of its captions."""
+        return self.keys[EncodingRef(sample, choice if self.reads_text else 0)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ def _already_encoded(
     encoders, memory = [], _entry_memory(plan)
     for encoder in plan.model.variant.encoders:
         cache = EncodingCache(encodings_folder(encoded.folder, encoder.name), memory=memory)
-        keys = {index: files[encoder.name].key for index, files in enumerate(encoded.files)}
+        keys = {EncodingRef(index): files[encoder.name].key for index, files in enumerate(encoded.files)}
         if missing := _missing(cache, keys, encoder, reporter):
             raise DiffSynthError(
                 f"{len(missing)} of {pluralize(len(keys), 'encoding')} in `{encoded.folder}` "
@@ -127,9 +141,9 @@ def _already_encoded(
 
 
 def _missing(
-    cache: EncodingCache, keys: Mapping[int, str], encoder: EncoderFacts, reporter: Reporter
-) -> tuple[int, ...]:
-    """Return the samples (by index) whose entries are missing or damaged; verifies those that are not known to be
+    cache: EncodingCache, keys: Mapping[EncodingRef, str], encoder: EncoderFacts, reporter: Reporter
+) -> tuple[EncodingRef, ...]:
+    """Return the encodings whose entries are missing or damaged; verifies those that are not known to be
     intact.
     """
     unknown = [key for key in dict.fromkeys(keys.values()) if not cache.is_known(key)]
@@ -142,7 +156,7 @@ def _missing(
             lacking |= set() if whole else {key}
             if task:
                 task.advance()
-    return tuple(index for index, key in keys.items() if key in lacking)
+    return tuple(ref for ref, key in keys.items() if key in lacking)
 
 
 def encodings_are_known(plan: RunPlan) -> bool:
@@ -189,19 +203,21 @@ def _plan_encoder(
     if encoder.component in plan.training.components:
         return EncoderPlan(encoder, True, cache, {}, ())
     files = sorted(identity.values())
+    reads_text = plan.model.facts.text_column in encoder.columns
     keys = {
-        index: encoding_key(
+        EncodingRef(index, choice): encoding_key(
             encoder=encoder.name,
             version=encoder.version,
             files=files,
             precision=_precision(plan, encoder.component),
-            inputs=_inputs(plan, encoder, sample, memory),
+            inputs=_inputs(plan, encoder, sample, caption, memory),
         )
         for index, sample in samples.items()
+        for choice, caption in enumerate(sample.captions if reads_text else (sample.caption,))
     }
     missing = _missing(cache, keys, encoder, reporter)
-    damaged = tuple(index for index in missing if cache.is_damaged(keys[index]))
-    return EncoderPlan(encoder, False, cache, keys, missing, damaged)
+    damaged = tuple(ref for ref in missing if cache.is_damaged(keys[ref]))
+    return EncoderPlan(encoder, False, cache, keys, missing, damaged, reads_text)
 
 
 def _precision(plan: RunPlan, component: str) -> str:
@@ -213,14 +229,14 @@ def _precision(plan: RunPlan, component: str) -> str:
     )
 
 
-def _inputs(plan: RunPlan, encoder: EncoderFacts, sample: Sample, memory: HashCache) -> dict[str, object]:
+def _inputs(plan: RunPlan, encoder: EncoderFacts, sample: Sample, caption: str, memory: HashCache) -> dict[str, object]:
     """Return the content that an encoding depends on: captions as text, media as the hash of their bytes and the
     crop.
     """
     inputs: dict[str, object] = {"extra_inputs": encoder.inputs}
     for column in encoder.columns:
         if column == plan.model.facts.text_column:
-            inputs[column] = sample.caption
+            inputs[column] = caption
         elif column in sample.conditions:
             inputs[column] = [_content(crop, memory) for crop in sample.conditions[column]]
         else:

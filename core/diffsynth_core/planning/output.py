@@ -199,7 +199,8 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     digest = hashlib.sha256()
     for sample in samples.samples:
         shown = {name: [described(crop) for crop in crops] for name, crops in sample.conditions.items()}
-        described_sample = [sample.row, sample.caption, described(sample.target), shown]
+        captions = sample.captions if sample.other_captions else sample.caption
+        described_sample = [sample.row, captions, described(sample.target), shown]
         digest.update(
             json.dumps([*described_sample, asdict(sample.sampling)] if sample.sampling else described_sample).encode()
         )

@@ -81,7 +81,15 @@ def _text_states(plan: RunPlan, samples: Sequence[Sample], shown: Sequence[Shown
         width = embedding_dim(encoder.caption, plan.model.shapes.get(plan.model.facts.denoiser, {}))
         return _states_in_files(plan.data.encoded, encoder.name, width), True
     tokenizer = plan.model.tokenizers.get(encoder.caption.tokenizer) if encoder and encoder.caption else None
-    return count_text_states(plan.model.variant.encoders, tokenizer, [sample.caption for sample in samples], shown)
+    encoders, first = plan.model.variant.encoders, [sample.caption for sample in samples]
+    counts, counted = count_text_states(encoders, tokenizer, first, shown)
+    for place, sample in enumerate(samples):
+        if sample.other_captions:
+            others, _ = count_text_states(
+                encoders, tokenizer, sample.other_captions, [shown[place]] * len(sample.other_captions)
+            )
+            counts[place] = max(counts[place], *others)
+    return counts, counted
 
 
 def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[int]:

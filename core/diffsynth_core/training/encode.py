@@ -15,7 +15,7 @@ from diffsynth_core.errors import DiffSynthError, raise_if_any
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, hash_cache
+from diffsynth_core.planning.encodings import EncoderPlan, EncodingRef, EncodingsPlan, hash_cache
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
@@ -24,8 +24,11 @@ from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate
 
 
-def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
+def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: int = 0) -> dict[str, Any]:
     """Load what an encoder reads of a sample, in the form in which data workers pass it on.
+
+    Args:
+        choice: which of the sample's captions.
 
     Returns:
         Column -> the caption as a string, the target as `[3, F, H, W]` uint8, or reference images as a list of such.
@@ -33,7 +36,7 @@ def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample) -> dict[s
     loaded: dict[str, Any] = {}
     for column in encoder.columns:
         if column == plan.model.facts.text_column:
-            loaded[column] = sample.caption
+            loaded[column] = sample.captions[choice]
         elif column in sample.conditions:
             loaded[column] = [load_pixel_tensor(crop) for crop in sample.conditions[column]]
         else:
@@ -59,15 +62,16 @@ def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, A
     return {name: scaled(value) for name, value in loaded.items()}
 
 
-class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
-    """The inputs of one encoder for the samples at `indices`."""
+class _RawSamples(Dataset[tuple[EncodingRef, dict[str, Any]]]):
+    """The inputs of one encoder for the encodings `refs`."""
 
-    def __init__(self, plan: RunPlan, encoder: EncoderFacts, indices: list[int]) -> None:
-        self._plan, self._encoder, self._indices = plan, encoder, indices
+    def __init__(self, plan: RunPlan, encoder: EncoderFacts, refs: list[EncodingRef]) -> None:
+        self._plan, self._encoder, self._refs = plan, encoder, refs
 
-    def __getitem__(self, position: int) -> tuple[int, dict[str, Any]]:
-        index = self._indices[position]
-        return index, load_columns(self._plan, self._encoder, self._plan.data.samples.samples[index])
+    def __getitem__(self, position: int) -> tuple[EncodingRef, dict[str, Any]]:
+        ref = self._refs[position]
+        sample = self._plan.data.samples.samples[ref.sample]
+        return ref, load_columns(self._plan, self._encoder, sample, ref.choice)
 
 
 def fill_cache(
@@ -104,7 +108,7 @@ def fill_cache(
         for part in encodings.encoders:
             if part.encoder.component == component:
                 share = [
-                    index for index in part.missing if index % accelerator.num_processes == accelerator.process_index
+                    ref for ref in part.missing if ref.sample % accelerator.num_processes == accelerator.process_index
                 ]
                 _encode(plan, part, family, components, share, hash_cache(plan), reporter, stop)
         del components
@@ -127,30 +131,30 @@ def _encode(
     part: EncoderPlan,
     family: Family,
     components: dict[str, Any],
-    indices: list[int],
+    refs: list[EncodingRef],
     hashes: HashCache,
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
     device = components[part.encoder.component].device
-    workers = min(plan.parameters.dataset_num_workers, len(indices))
-    raw = iterate(_RawSamples(plan, part.encoder, indices), range(len(indices)), workers)
+    workers = min(plan.parameters.dataset_num_workers, len(refs))
+    raw = iterate(_RawSamples(plan, part.encoder, refs), range(len(refs)), workers)
     warnings: dict[str, list[int]] = {}
-    with reporter.task(f"Encoding {part.encoder.name}", len(indices), "samples") as task:
-        for index, sample in raw:
+    with reporter.task(f"Encoding {part.encoder.name}", len(refs), "samples") as task:
+        for ref, sample in raw:
             stop.raise_if_set()
             try:
                 encoded = family.encode(part.encoder, components, scale_pixels(sample, device))
             except DiffSynthError as error:
                 (problem,) = error.problems
                 raise DiffSynthError(
-                    f"{plan.data.samples.samples[index].name}: {problem.message}", problem.hint
+                    f"{plan.data.samples.samples[ref.sample].name}: {problem.message}", problem.hint
                 ) from error
-            _check_encoded(plan, part, index, encoded, hashes)
-            part.cache.write(part.keys[index], encoded)
+            _check_encoded(plan, part, ref.sample, encoded, hashes)
+            part.cache.write(part.keys[ref], encoded)
             warning = family.truncation_warning(part.encoder, components, sample)
             if warning:
-                warnings.setdefault(warning, []).append(plan.data.samples.samples[index].row)
+                warnings.setdefault(warning, []).append(plan.data.samples.samples[ref.sample].row)
             task.advance()
     for warning, rows in warnings.items():
         reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")

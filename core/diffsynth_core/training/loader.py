@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from diffsynth_core.data.batches import SampleRef
+from diffsynth_core.data.captions import draw_choice
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import RunPlan
@@ -56,20 +57,26 @@ class _MicroBatches(Dataset[MicroBatch]):
 
     def __getitem__(self, index: _BatchIndex) -> MicroBatch:
         refs = self._plan.data.steps.batches.batch(index.epoch, index.number)
-        encoded = tuple(self._read(ref.sample) for ref in refs)
-        raw = tuple(self._load(ref.sample) for ref in refs)
+        choices = [self._choice(index.epoch, ref) for ref in refs]
+        encoded = tuple(self._read(ref.sample, choice) for ref, choice in zip(refs, choices, strict=True))
+        raw = tuple(self._load(ref.sample, choice) for ref, choice in zip(refs, choices, strict=True))
         return MicroBatch(index.epoch, tuple(refs), encoded, raw, index.counts)
 
-    def _read(self, sample: int) -> Encoded:
+    def _choice(self, epoch: int, ref: SampleRef) -> int:
+        """Which of its captions a sample is trained with."""
+        captions = len(self._plan.data.samples.samples[ref.sample].captions)
+        return draw_choice(captions, self._plan.parameters.seed, epoch, ref.sample, ref.repeat)
+
+    def _read(self, sample: int, choice: int) -> Encoded:
         merged: Encoded = {}
         for part in self._encodings.encoders:
             if not part.online:
-                merged.update(part.cache.read(part.keys[sample]))
+                merged.update(part.cache.read(part.key(sample, choice)))
         return merged
 
-    def _load(self, sample: int) -> dict[str, dict[str, Any]]:
+    def _load(self, sample: int, choice: int) -> dict[str, dict[str, Any]]:
         return {
-            part.encoder.name: load_columns(self._plan, part.encoder, self._plan.data.samples.samples[sample])
+            part.encoder.name: load_columns(self._plan, part.encoder, self._plan.data.samples.samples[sample], choice)
             for part in self._encodings.encoders
             if part.online
         }

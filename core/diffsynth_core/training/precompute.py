@@ -62,8 +62,8 @@ def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, sto
     accelerator.wait_for_everyone()
     fill_cache(plan, encodings, load_family(plan.model.facts.name), accelerator, reporter, stop)
     for part in encodings.encoders:
-        for index, key in part.keys.items():
-            if index % accelerator.num_processes == accelerator.process_index:
+        for ref, key in part.keys.items():
+            if ref.sample % accelerator.num_processes == accelerator.process_index:
                 part.cache.fetch(key)
     accelerator.wait_for_everyone()
     complete = replace(
@@ -129,8 +129,10 @@ def _relative(plan: RunPlan) -> Iterator[Sample]:
 
 def _files(encodings: EncodingsPlan, count: int) -> Iterator[dict[str, EncodedFile]]:
     """Yield the encoding files of each sample, by encoder."""
+    # The manifest has no place for the encodings of further captions yet.
+    assert all(ref.choice == 0 for part in encodings.encoders for ref in part.keys)
     for index in range(count):
         yield {
-            part.encoder.name: EncodedFile(part.keys[index], part.cache.path(part.keys[index]).stat().st_size)
+            part.encoder.name: EncodedFile(part.key(index), part.cache.path(part.key(index)).stat().st_size)
             for part in encodings.encoders
         }

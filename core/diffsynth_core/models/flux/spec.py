@@ -119,6 +119,7 @@ def _unreached_in_controlnet(shapes: Shapes) -> Callable[[frozenset[str]], froze
 
 FLUX = FamilyFacts(
     name="flux",
+    implementation="diffsynth_core.models.flux.family:Flux",
     title="FLUX.1",
     model_ids=("black-forest-labs/FLUX.1-*",),
     components=(

@@ -88,6 +88,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
 
 FLUX2 = FamilyFacts(
     name="flux2",
+    implementation="diffsynth_core.models.flux2.family:Flux2",
     title="FLUX.2",
     model_ids=("black-forest-labs/FLUX.2-*",),
     components=(

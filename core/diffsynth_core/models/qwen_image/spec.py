@@ -26,6 +26,7 @@ from diffsynth_core.models.wan.keys import VAE_2_1, VAE_2_1_ORIGINAL_SIGNATURE
 
 QWEN_IMAGE = FamilyFacts(
     name="qwen-image",
+    implementation="diffsynth_core.models.qwen_image.family:QwenImage",
     title="Qwen-Image",
     model_ids=("Qwen/Qwen-Image*", "DiffSynth-Studio/Qwen-Image*", "FireRedTeam/FireRed-Image*"),
     components=(

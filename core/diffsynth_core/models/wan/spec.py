@@ -152,6 +152,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
 
 WAN = FamilyFacts(
     name="wan",
+    implementation="diffsynth_core.models.wan.family:Wan",
     title="Wan",
     model_ids=("Wan-AI/Wan2.?-*", "PAI/Wan2.?-Fun-*InP"),
     components=(
