@@ -359,7 +359,12 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
 
 
 def parameters_of_other_families(parameters: Parameters, family: str, origins: Mapping[str, Origin]) -> list[Problem]:
-    """Return the parameters that are set but do not apply to this family."""
+    """Return the parameters that are set but do not apply to this family.
+
+    A family that no declaration names, such as one registered from outside, decides by itself.
+    """
+    if not any(family in setting.families for setting in SETTINGS.values()):
+        return []
     return [
         Problem(
             f"`{name}` does not apply to {family}, only to {', '.join(setting.families)} ({origins[name]})",

@@ -36,7 +36,8 @@ class Condition:
 
     Attributes:
         name: name for encoders; a column that is read at two sizes has two conditions.
-        media: `image`: loaded as RGB; `mask`: loaded as one channel, in which white selects.
+        media: `image`: loaded as RGB; `mask`: loaded as one channel, in which white selects; `video`: the frames that
+            belong to those of the target, at its size.
         size: how an image is resized; `target`: it covers the target and is cropped to its size; None: unknown without
             a model.
         factor: sides are multiples of it, center-cropped.
@@ -47,7 +48,7 @@ class Condition:
     name: str
     column: str
     size: ReferenceSize | Literal["target"] | None = None
-    media: Literal["image", "mask"] = "image"
+    media: Literal["image", "mask", "video"] = "image"
     factor: int = 1
     max_count: int | None = None
     required: bool = True
@@ -82,6 +83,11 @@ class Columns:
     def masks(self) -> tuple[str, ...]:
         """Columns of masks."""
         return tuple(dict.fromkeys(one.column for one in self.conditions if one.media == "mask"))
+
+    @cached_property
+    def clips(self) -> frozenset[str]:
+        """Columns of videos that are conditions."""
+        return frozenset(one.column for one in self.conditions if one.media == "video")
 
     @cached_property
     def media(self) -> tuple[str, ...]:

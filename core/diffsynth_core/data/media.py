@@ -182,7 +182,7 @@ def choose_target(path: Path, header: MediaHeader, rule: MediaRule, row: int) ->
 
 
 def choose_reference(
-    path: Path, header: ImageHeader, condition: Condition, target: MediaCrop, max_pixels: int
+    path: Path, header: ImageHeader | MediaHeader, condition: Condition, target: MediaCrop, max_pixels: int
 ) -> MediaCrop:
     """Return how a file of a condition is loaded with `target`; a side of 0 means that it is too small.
 
@@ -195,6 +195,8 @@ def choose_reference(
     converted, mask = bool(header.colors.profile), condition.media == "mask"
     if condition.size is None:
         raise ValueError(f"the size of `{condition.name}` is not known")
+    if condition.media == "video" and isinstance(header, MediaHeader) and header.video:
+        return replace(target, path=path, video=True, converted=False)
     if condition.size == "target":
         return MediaCrop(path, target.height, target.width, converted=converted, mask=mask)
     scaled = condition.size(header.width, header.height, max_pixels)

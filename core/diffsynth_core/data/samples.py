@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from diffsynth_core.data.color import Colors
-from diffsynth_core.data.conditions import Columns
+from diffsynth_core.data.conditions import Columns, Condition
 from diffsynth_core.data.formats import CLIP_ENDINGS
 from diffsynth_core.data.images import ImageHeader, read_image_header
 from diffsynth_core.data.media import (
@@ -143,7 +143,7 @@ class _Headers:
     """Headers of a row's files."""
 
     target: MediaHeader
-    shown: Mapping[str, tuple[ImageHeader, ...]]
+    shown: Mapping[str, tuple[ImageHeader | MediaHeader, ...]]
 
 
 def _measure(
@@ -155,10 +155,14 @@ def _measure(
     headers: list[_Headers] = []
     label, unit = ("Counting frames", "videos") if rule.frames else ("Reading image headers", "samples")
     alone = videos.exclusive() if rule.frames else nullcontext()
-    shown = cache(read_image_header)  # cached, because many rows may use one image
+    of_image = cache(read_image_header)  # cached, because many rows may use one image
+
+    def of_condition(column: str, path: Path) -> ImageHeader | MediaHeader:
+        return read_media_header(path, rule, videos) if column in columns.clips else of_image(path)
+
     with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
         found = pool.map(
-            lambda some: [_headers_or_problem(row, rule, videos, shown) for row in some],
+            lambda some: [_headers_or_problem(row, rule, videos, of_condition) for row in some],
             _portions(rows, 1 if rule.frames else MOST_AT_ONCE),
         )
         for row, read in zip(rows, chain.from_iterable(found), strict=True):
@@ -185,21 +189,36 @@ def _choose(row: _Row, headers: _Headers, columns: Columns, rule: MediaRule) -> 
     target, factor = choose_target(row.target, headers.target, rule, row.number), rule.size.factor
     if min(target.height, target.width) < factor or min(headers.target.height, headers.target.width) < factor:
         return _too_small(row, headers.target, rule)
-    references = {}
+    conditions = {}
     for condition in columns.conditions:
-        images = zip(row.shown[condition.column], headers.shown[condition.column], strict=True)
-        crops = tuple(
-            choose_reference(path, header, condition, target, rule.size.max_pixels) for path, header in images
+        found = list(zip(row.shown[condition.column], headers.shown[condition.column], strict=True))
+        crops = [choose_reference(path, header, condition, target, rule.size.max_pixels) for path, header in found]
+        for crop, (_, header) in zip(crops, found, strict=True):
+            if problem := _condition_problem(row, condition, crop, header, target):
+                return problem
+        conditions[condition.name] = tuple(crops)
+    return Sample(row.number, row.caption, target, conditions, row.sampling)
+
+
+def _condition_problem(
+    row: _Row, condition: Condition, crop: MediaCrop, header: ImageHeader | MediaHeader, target: MediaCrop
+) -> Problem | None:
+    """Return the problem of a file of a condition that is too small, or shorter than the target."""
+    named = f"{row.where}: column `{condition.column}` names `{crop.path}`"
+    if not crop.height or not crop.width:
+        return Problem(
+            f"{named}, which is too small or too narrow as a reference image of this model",
+            "replace the image or remove its row",
+            code="IMAGE_TOO_SMALL",
         )
-        references[condition.name] = crops
-        small = next((crop for crop in crops if not crop.height or not crop.width), None)
-        if small:
-            return Problem(
-                f"{row.where}: column `{condition.column}` names `{small.path}`, which is too small or too narrow as a reference image of this model",
-                "replace the image or remove its row",
-                code="IMAGE_TOO_SMALL",
-            )
-    return Sample(row.number, row.caption, target, references, row.sampling)
+    frames, end = header.frames if isinstance(header, MediaHeader) else 1, target.start + target.frames
+    if condition.media == "video" and frames < end:
+        return Problem(
+            f"{named}, which has {pluralize(frames, 'frame')}, but the frames of its target end at {end}",
+            "use a video as long as the target, or remove the row",
+            code="VIDEO_TOO_SHORT",
+        )
+    return None
 
 
 def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[str]:
@@ -310,11 +329,14 @@ def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
 
 
 def _headers_or_problem(
-    row: _Row, rule: MediaRule, videos: VideoProbeCache, read_shown: Callable[[Path], ImageHeader]
+    row: _Row,
+    rule: MediaRule,
+    videos: VideoProbeCache,
+    of_condition: Callable[[str, Path], ImageHeader | MediaHeader],
 ) -> _Headers | Problem:
     """Return the headers of a row's files, or the problem of the first unreadable one."""
     try:
-        shown = {column: tuple(map(read_shown, paths)) for column, paths in row.shown.items()}
+        shown = {name: tuple(of_condition(name, path) for path in paths) for name, paths in row.shown.items()}
         return _Headers(read_media_header(row.target, rule, videos), shown)
     except DiffSynthError as error:
         (problem,) = error.problems

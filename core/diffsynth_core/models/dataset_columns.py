@@ -123,7 +123,7 @@ def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
                     wrong_use=True,
                 )
             )
-    if variant.target.kind == "video" and parameters.num_frames % step != 1:
+    if variant.target.kind == "video" and (parameters.num_frames - 1) % step:
         nearest = max(0, parameters.num_frames - 1) // step * step + 1
         problems.append(
             Problem(

@@ -64,7 +64,8 @@ class Family(ABC):
 
         Args:
             sample: the encoder's columns: the caption as a string, the target as `[3, F, H, W]` float32 in [-1, 1],
-                reference images as a list of such with F = 1.
+                the files of a condition as a list of such: images with F = 1, masks with one channel, clips with
+                the frames of the target.
         """
         columns = [sample[column] for column in encoder.columns]
         return self.encoders[encoder.name].encode(encoder, components, *columns)

@@ -31,7 +31,8 @@ def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: i
         choice: which of the sample's captions.
 
     Returns:
-        Column -> the caption as a string, the target as `[3, F, H, W]` uint8, or reference images as a list of such.
+        Column -> the caption as a string, the target as `[3, F, H, W]` uint8, or the files of a condition as a list of
+        such.
     """
     loaded: dict[str, Any] = {}
     for column in encoder.columns:
@@ -45,8 +46,10 @@ def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: i
 
 
 def load_pixel_tensor(crop: MediaCrop) -> Tensor:
-    """Load an image or clip at its training size, `[3, F, H, W]` uint8, a quarter of the bytes of float32."""
-    return torch.from_numpy(np.ascontiguousarray(load_pixels(crop).transpose(3, 0, 1, 2)))
+    """Load an image or clip at its training size, `[3, F, H, W]` uint8, a quarter of the bytes of float32; of a mask
+    `[1, 1, H, W]`.
+    """
+    return torch.from_numpy(np.array(load_pixels(crop).transpose(3, 0, 1, 2), order="C"))  # Pillow's are read-only
 
 
 def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

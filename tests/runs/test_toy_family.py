@@ -1,0 +1,170 @@
+"""A family registered from outside trains, saves, resumes, rehearses and estimates as the built-in ones do."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.models.registry import FAMILIES, load_family
+from diffsynth_core.planning.encodings import EncodingRef, plan_encodings
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training import loop
+from diffsynth_core.training.stop import StopRequest
+from tests.clips import detailed, write_clip
+from tests.naming import names
+from tests.toy_family import CHANNELS, ENTRIES, FACTOR, MODEL_ID, PLACES, TOY, Toy
+
+CLIPS = {"a": 9, "b": 9, "c": 12}
+SIZE = 32
+CONTROLLED = ("--extra_inputs", "control_video,control_mask", "--data_file_keys", "video,control_video,control_mask")
+LORA = ("--lora_base_model", "dit", "--lora_target_modules", "up,down", "--lora_rank", 2)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, "toy", TOY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    for component, place in zip(("dit", "text_encoder", "vae"), PLACES.values(), strict=True):
+        load_family("toy").write_tiny_weights(tmp_path / "models", component, MODEL_ID, place)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = [("video", "control_video", "control_mask", "prompt")]
+    for number, (name, frames) in enumerate(CLIPS.items()):
+        write_clip(folder / f"{name}.mkv", detailed(frames, SIZE, SIZE))
+        write_clip(folder / f"{name}_lines.mkv", 255 - detailed(frames, SIZE, SIZE))
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        mask[:, : FACTOR * (number + 1)] = 255
+        Image.fromarray(mask).save(folder / f"{name}_mask.png")
+        rows.append((f"{name}.mkv", f"{name}_lines.mkv", f"{name}_mask.png", f"clip {name}"))
+    with (folder / "metadata.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return folder
+
+
+@pytest.fixture
+def toy(cli, base, dataset, monkeypatch, tmp_path):
+    """Run `diffsynth train` on the toy."""
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))
+    monkeypatch.chdir(tmp_path)
+    common = (
+        "train", "--model_id_with_origin_paths", ",".join(ENTRIES), "--dataset_base_path", dataset,
+        "--height", SIZE, "--width", SIZE, "--num_frames", 9, "--dataset_num_workers", 0,
+        "--learning_rate", 0.01, "--save_steps", 1, "--dataset_repeat", 4,
+    )  # fmt: skip
+    return lambda *arguments: cli(*common, *arguments)
+
+
+def planned(base, dataset, output, **more):
+    values = {
+        "model_id_with_origin_paths": ENTRIES, "dataset_base_path": dataset, "output_path": output,
+        "height": SIZE, "width": SIZE, "num_frames": 9, "dataset_num_workers": 0, "learning_rate": 0.01,
+        "lora_base_model": "dit", "lora_target_modules": "up,down", "lora_rank": 2, **more,
+    }  # fmt: skip
+    return make_plan(resolve(values), SilentReporter(), base=base)
+
+
+@pytest.mark.parametrize("what", [LORA, ("--trainable_models", "dit"), ("--trainable_models", "dit,text_encoder,vae")])
+def test_it_trains_saves_and_resumes_to_the_bit(toy, what):
+    assert toy(*what, "--max_steps", 4, "--output_path", "through").code == 0
+    assert toy(*what, "--max_steps", 2, "--output_path", "pieces").code == 0
+    outcome = toy(*what, "--max_steps", 4, "--output_path", "pieces", "--resume", "auto")
+    assert outcome.code == 0, outcome.err
+    through, pieces, first = (
+        load_file(path)
+        for path in ("through/step-4.safetensors", "pieces/step-4.safetensors", "through/step-1.safetensors")
+    )
+    assert through.keys() == pieces.keys() and all(torch.equal(through[name], pieces[name]) for name in through)
+    assert any(not torch.equal(through[name], first[name]) for name in through)
+
+
+def test_gradient_checkpointing_and_float8_leave_the_losses_alone(toy):
+    losses = {}
+    for name, more in {
+        "plain": (),
+        "recomputed": ("--use_gradient_checkpointing",),
+        "float8": ("--fp8_models", ENTRIES[0]),
+    }.items():
+        outcome = toy(*LORA, *more, "--max_steps", 2, "--output_path", name)
+        assert outcome.code == 0, outcome.err
+        losses[name] = [json.loads(line)["loss"] for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+    assert losses["recomputed"] == losses["plain"] != losses["float8"]
+    assert losses["float8"] == pytest.approx(losses["plain"], rel=0.05)
+
+
+def test_it_estimates_and_rehearses(toy, cli):
+    outcome = toy(*LORA, "--dry_run")
+    assert outcome.code == 0 and outcome.out == names("Toy"), outcome.err
+    estimate = toy(*LORA, "--dry_run", "--gpu_memory", "24GB")
+    assert estimate.code == 0, estimate.err
+    rehearsed = cli("train", "--model_id_with_origin_paths", ",".join(ENTRIES), *LORA, "--rehearse")
+    assert rehearsed.code == 0, rehearsed.err
+
+
+def test_a_video_and_a_mask_at_once_reach_the_model(toy, monkeypatch):
+    batches = []
+    predict = Toy.predict_velocity
+    monkeypatch.setattr(Toy, "predict_velocity", lambda *given: (batches.append(given[-1]), predict(*given))[1])
+    outcome = toy(*LORA, *CONTROLLED, "--max_steps", 3, "--output_path", "out")
+    assert outcome.code == 0, outcome.err
+    side = SIZE // FACTOR
+    assert [batch["control"].shape for batch in batches] == [(1, CHANNELS, 9, side, side)] * 3
+    assert all(not torch.equal(batch["control"], batch["latents"]) for batch in batches)
+    columns = sorted(int(batch["mask"].sum()) // side for batch in batches)
+    assert columns == [1, 2, 3], "each clip has its own mask, in [0, 1]"
+
+
+def test_a_control_video_that_is_too_short_is_an_error(toy, dataset):
+    write_clip(dataset / "b_lines.mkv", detailed(5, SIZE, SIZE))
+    outcome = toy(*LORA, *CONTROLLED, "--max_steps", 1, "--output_path", "out")
+    assert outcome.code == 1
+    assert outcome.err == names("row 2", "control_video", dataset / "b_lines.mkv", "5 frames", "9")
+
+
+def test_two_captions_of_a_sample_are_encoded_and_drawn(base, dataset, tmp_path, monkeypatch):
+    plain = planned(base, dataset, tmp_path / "out", max_steps=12, num_epochs=4)
+    captions = [("clip a", "a first clip"), ("clip b", "a second clip"), ("clip c",)]
+    samples = tuple(
+        replace(sample, caption=first, other_captions=tuple(others))
+        for sample, (first, *others) in zip(plain.data.samples.samples, captions, strict=True)
+    )
+    plan = replace(plain, data=replace(plain.data, samples=replace(plain.data.samples, samples=samples)))
+    before, after = (plan_encodings(one, SilentReporter()) for one in (plain, plan))
+    for one, other in zip(before.encoders, after.encoders, strict=True):
+        assert one.keys.items() <= other.keys.items(), "the keys of the first choice stay as they were"
+    text, latents = after.encoders
+    assert set(text.keys) == {EncodingRef(0), EncodingRef(0, 1), EncodingRef(1), EncodingRef(1, 1), EncodingRef(2)}
+    assert len(set(text.keys.values())) == 5 and set(latents.keys) == {EncodingRef(0), EncodingRef(1), EncodingRef(2)}
+
+    states = []
+    predict = Toy.predict_velocity
+    monkeypatch.setattr(
+        Toy, "predict_velocity", lambda *given: (states.append(given[-1]["prompt_embeds"]), predict(*given))[1]
+    )
+    loop.train(plan, SilentReporter(), StopRequest())
+    encoded = {ref: text.cache.read(key)["prompt_embeds"] for ref, key in text.keys.items()}
+    drawn = [next(ref for ref, one in encoded.items() if torch.equal(one[None], state)) for state in states]
+    assert set(drawn) == set(encoded), "every choice is drawn"
+    assert [ref.sample for ref in drawn[:3]] != [0, 0, 0]
+    states.clear()
+    resumed = replace(plan, parameters=plan.parameters.model_copy(update={"output_path": tmp_path / "again"}))
+    loop.train(resumed, SilentReporter(), StopRequest())
+    again = [next(ref for ref, one in encoded.items() if torch.equal(one[None], state)) for state in states]
+    assert again == drawn, "pure in seed, epoch and sample"
