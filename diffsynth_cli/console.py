@@ -21,7 +21,7 @@ from diffsynth_cli.printing import echo_line, printable, printable_message
 from diffsynth_cli.ranks import log_line, report_log
 from diffsynth_cli.text.wrapping import wrap_line
 from diffsynth_core.files import LineFile
-from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes, format_duration
+from diffsynth_core.progress import BYTES, Reporter, SilentTask, Task, format_bytes, format_duration
 
 STATUS_COLUMNS = 80
 """Narrower terminals get plain lines, which may wrap."""
@@ -36,7 +36,7 @@ def color_system() -> Literal["auto"] | None:
     return None if os.environ.get("NO_COLOR") else "auto"
 
 
-class ConsoleReporter:
+class ConsoleReporter(Reporter):
     """Shows the engine's progress on stderr and writes every message to the log of the run."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
@@ -76,6 +76,7 @@ class ConsoleReporter:
             self._write(line)
 
     def close(self) -> None:
+        """Close the log; later messages go to the terminal only."""
         if self._log:
             self._log.close()
             self._log = None

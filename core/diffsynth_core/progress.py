@@ -34,14 +34,14 @@ class Reporter(Protocol):
         yield SilentTask()
 
 
-class SilentTask:
+class SilentTask(Task):
     """A task without display."""
 
     def advance(self, amount: int = 1, **fields: str) -> None:
         pass
 
 
-class SilentReporter:
+class SilentReporter(Reporter):
     """A reporter that discards everything: for use as a library, and on all ranks but the first."""
 
     def info(self, message: str) -> None:

@@ -236,5 +236,6 @@ def list_sizes(sizes: Counter[tuple[int, int, int]]) -> str:
 
 
 def format_size(shape: tuple[int, int, int]) -> str:
+    """Format (frames, height, width) as `width x height`, with the frames of a clip."""
     frames, height, width = shape
     return f"{width} x {height}" + (f" x {pluralize(frames, 'frame')}" if frames > 1 else "")

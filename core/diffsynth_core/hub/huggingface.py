@@ -20,6 +20,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from diffsynth_core.hub.client import (
     SKIP_VARIABLE,
     Checksum,
+    Hub,
     HubAccessError,
     RemoteFile,
     Repository,
@@ -36,7 +37,7 @@ NOT_ALLOWED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 """HTTP statuses that deny access."""
 
 
-class HuggingFace:
+class HuggingFace(Hub):
     """The hub at `$HF_ENDPOINT`, with the token stored by its SDK or set in the environment."""
 
     title = "Hugging Face"

@@ -10,6 +10,7 @@ from modelscope_hub.errors import APIError, AuthenticationError, HubError, NotEx
 
 from diffsynth_core.hub.client import (
     Checksum,
+    Hub,
     RemoteFile,
     Repository,
     TransientHubError,
@@ -25,7 +26,7 @@ REVISION = "master"
 """Branch that files are downloaded from."""
 
 
-class ModelScope:
+class ModelScope(Hub):
     """The hub at `$MODELSCOPE_ENDPOINT`, with the token stored by its SDK or set in the environment."""
 
     title = "ModelScope"

@@ -200,9 +200,11 @@ class BlankTokenizer:
         return BlankTokenizer(max_length) if padding == "max_length" else self
 
     def apply_chat_template(self, *_: Any, **__: Any) -> str:
+        """Return an empty text: the tokens do not depend on it."""
         return ""
 
     def to(self, device: Any) -> "BlankTokenizer":
+        """Return itself: what it makes is on the meta device already."""
         return self
 
 

@@ -45,6 +45,7 @@ class MemoryFit:
 
     @property
     def fits_unchanged(self) -> bool:
+        """Whether the run fits as it is."""
         return self.peak <= self.limit
 
     @property

@@ -58,6 +58,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
+        """Peak bytes: what lasts, and the larger of the passes and the update of a step."""
         lasting = sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer
         return lasting + max(self.activations + self.autocast_weights, self.update)
 
@@ -72,6 +73,7 @@ class EncodingMemory:
 
     @property
     def total(self) -> int:
+        """Peak bytes."""
         return self.weights + self.activations
 
 
@@ -103,6 +105,7 @@ class DeviceMemory:
 
     @property
     def peak(self) -> int:
+        """Peak bytes of the run: encoding and training follow each other."""
         return max([part.total for part in self.encoding] + ([self.training.total] if self.training else []), default=0)
 
 
