@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
-from diffsynth_core.data.conditions import Condition, TargetSpec
+from diffsynth_core.data.conditions import Condition, TargetSpec, ValueCondition
 from diffsynth_core.models.configs import read_config
 from diffsynth_core.models.family import Encoded, Encoder, Family
 from diffsynth_core.models.patches import blank_latents, stack_samples
@@ -49,18 +49,22 @@ OF_CONDITIONS = {
     "control_video": (CONTROL, EncoderFacts("control", "vae", ("control_video",), latents=OF_VAE)),
     "control_mask": (MASK, EncoderFacts("mask", "vae", ("control_mask",), latents=LatentFacts(1, FACTOR))),
 }
+VALUES = (ValueCondition("speed", "number"), ValueCondition("direction", "text"))
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
     chosen = [OF_CONDITIONS[name] for name in OF_CONDITIONS if name in inputs]
+    values = [value for value in VALUES if value.column in inputs]
+    moved = EncoderFacts("motion", "text_encoder", tuple(value.column for value in values))
     return Variant(
         title="Toy",
         model_id=MODEL_ID,
         components=("dit", "text_encoder", "vae"),
-        encoders=(TEXT, LATENTS, *(encoder for _, encoder in chosen)),
+        encoders=(TEXT, LATENTS, *(encoder for _, encoder in chosen), *((moved,) if values else ())),
         target=TargetSpec("video", "video", size_factor=FACTOR, usual_pixels=32 * 32),
         conditions=tuple(condition for condition, _ in chosen),
-        accepted_inputs=tuple(OF_CONDITIONS),
+        values=tuple(values),
+        accepted_inputs=(*OF_CONDITIONS, "speed", "direction"),
     )
 
 
@@ -169,6 +173,10 @@ def encode_mask(encoder: EncoderFacts, components: Mapping[str, Any], masks: Seq
     return {"mask": avg_pool2d(masks[0].float() / 2 + 0.5, FACTOR)}
 
 
+def encode_motion(encoder: EncoderFacts, components: Mapping[str, Any], speed: float, direction: str) -> Encoded:
+    return {"motion": encode_text(encoder, components, direction)["prompt_embeds"] * speed}
+
+
 class Toy(Family):
     facts = TOY
     encoders: ClassVar = {
@@ -176,6 +184,7 @@ class Toy(Family):
         "latents": Encoder(encode_latents),
         "control": Encoder(encode_control),
         "mask": Encoder(encode_mask),
+        "motion": Encoder(encode_motion),
     }
 
     def config_of(self, files, shapes):
@@ -192,6 +201,7 @@ class Toy(Family):
         given = {"control": latents, "mask": blank_latents(1, FACTOR, (1, *sizes.images[0][1:]))}
         used = {encoder.name for encoder in variant.encoders}
         text = torch.empty(TEXT_STATES, TEXT_WIDTH)
+        given["motion"] = text
         return {"latents": latents, "prompt_embeds": text, **{name: given[name] for name in given if name in used}}
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
@@ -203,7 +213,8 @@ class Toy(Family):
     def predict_velocity(self, components, noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         control = batch.get("control", torch.zeros_like(noisy))
         mask = batch.get("mask", torch.zeros_like(noisy[:, :1])).expand_as(noisy[:, :1])
-        return components["dit"](torch.cat([noisy, control, mask], dim=1), sigma, batch["prompt_embeds"])
+        text = batch["prompt_embeds"] + batch.get("motion", 0)
+        return components["dit"](torch.cat([noisy, control, mask], dim=1), sigma, text)
 
     def decode(self, components, latents: Tensor) -> Tensor:
         return components["vae"].grow(latents).clamp(-1, 1)

@@ -46,14 +46,14 @@ def base(tmp_path) -> Path:
 def dataset(tmp_path) -> Path:
     folder = tmp_path / "dataset"
     folder.mkdir()
-    rows = [("video", "control_video", "control_mask", "prompt")]
+    rows = [("video", "control_video", "control_mask", "prompt", "speed", "direction")]
     for number, (name, frames) in enumerate(CLIPS.items()):
         write_clip(folder / f"{name}.mkv", detailed(frames, SIZE, SIZE))
         write_clip(folder / f"{name}_lines.mkv", 255 - detailed(frames, SIZE, SIZE))
         mask = np.zeros((SIZE, SIZE), np.uint8)
         mask[:, : FACTOR * (number + 1)] = 255
         Image.fromarray(mask).save(folder / f"{name}_mask.png")
-        rows.append((f"{name}.mkv", f"{name}_lines.mkv", f"{name}_mask.png", f"clip {name}"))
+        rows.append((f"{name}.mkv", f"{name}_lines.mkv", f"{name}_mask.png", f"clip {name}", str(0.5 * number), "Left"))
     with (folder / "metadata.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)
     return folder
@@ -168,3 +168,28 @@ def test_two_captions_of_a_sample_are_encoded_and_drawn(base, dataset, tmp_path,
     loop.train(resumed, SilentReporter(), StopRequest())
     again = [next(ref for ref, one in encoded.items() if torch.equal(one[None], state)) for state in states]
     assert again == drawn, "pure in seed, epoch and sample"
+
+
+def test_a_number_and_a_text_reach_the_model(toy, base, monkeypatch):
+    batches = []
+    predict = Toy.predict_velocity
+    monkeypatch.setattr(Toy, "predict_velocity", lambda *given: (batches.append(given[-1]), predict(*given))[1])
+    moved = (*LORA, "--extra_inputs", "speed,direction", "--max_steps", 3)
+    outcome = toy(*moved, "--output_path", "out")
+    assert outcome.code == 0, outcome.err
+    letters = load_file(base / MODEL_ID / PLACES["text_encoder"])["letters.weight"]
+    left = letters[list(b"Left".ljust(16))]
+    found = sorted(float((batch["motion"][0] / left).mean()) for batch in batches)
+    assert found == pytest.approx([0, 0.5, 1])
+    assert all("control" not in batch for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"), [("", ("speed", "is empty")), ("fast", ("speed", "fast", "expected a number"))], ids=repr
+)
+def test_a_number_that_is_none_is_an_error(toy, dataset, cell, told):
+    text = (dataset / "metadata.csv").read_text()
+    (dataset / "metadata.csv").write_text(text.replace(",0.5,", f",{cell},"))
+    outcome = toy(*LORA, "--extra_inputs", "speed,direction", "--max_steps", 1, "--output_path", "out")
+    assert outcome.code == 1
+    assert outcome.err == names("row 2", *told)

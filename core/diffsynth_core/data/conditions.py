@@ -60,10 +60,26 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class ValueCondition:
+    """An input of the model besides caption and target that is written in the metadata itself.
+
+    Attributes:
+        kind: `number`: finite; `text`: not empty.
+        required: an empty cell is an error.
+    """
+
+    column: str
+    kind: Literal["number", "text"]
+    required: bool = True
+
+
+@dataclass(frozen=True)
 class Columns:
     """The columns of a dataset by content.
 
     Attributes:
+        conditions: those with files.
+        values: those with numbers and texts.
         sampling: sampler parameters of each row, for distillation.
         others: columns that this run ignores without a finding.
     """
@@ -73,6 +89,7 @@ class Columns:
     conditions: tuple[Condition, ...] = ()
     sampling: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    values: tuple[ValueCondition, ...] = ()
 
     @cached_property
     def references(self) -> tuple[str, ...]:
@@ -98,12 +115,14 @@ class Columns:
     def required(self) -> tuple[str, ...]:
         """Required columns."""
         conditions = (one.column for one in self.conditions if one.required)
-        return tuple(dict.fromkeys((self.target, *conditions, self.text, *self.sampling)))
+        values = (one.column for one in self.values if one.required)
+        return tuple(dict.fromkeys((self.target, *conditions, *values, self.text, *self.sampling)))
 
     @cached_property
     def known(self) -> tuple[str, ...]:
         """Columns that are read, or ignored without a finding."""
-        return tuple(dict.fromkeys((self.text, *self.media, *self.sampling, *self.others)))
+        values = (one.column for one in self.values)
+        return tuple(dict.fromkeys((self.text, *self.media, *values, *self.sampling, *self.others)))
 
     @cached_property
     def required_media(self) -> frozenset[str]:

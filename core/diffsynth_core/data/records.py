@@ -4,17 +4,18 @@ What a cell must not contain is checked here, once: training rejects the row, `d
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from posixpath import normpath
 from typing import Any, NamedTuple
 
-from diffsynth_core.data.conditions import Columns
+from diffsynth_core.data.conditions import Columns, ValueCondition
 from diffsynth_core.data.findings import Finding, finding
 from diffsynth_core.data.metadata import Metadata
-from diffsynth_core.data.sampling import SAMPLING_CODE, Sampling, read_sampling
+from diffsynth_core.data.sampling import SAMPLING_CODE, Sampling, number_of, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
 from diffsynth_core.errors import DiffSynthError, truncate
 from diffsynth_core.json_files import InvalidJson, parse_json
@@ -43,11 +44,12 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """All parsed rows, and their sampler parameters by row, if those are read."""
+    """All parsed rows, and by row their sampler parameters and their numbers and texts, if those are read."""
 
     records: tuple[Record, ...]
     sampling: Mapping[int, Sampling]
     findings: tuple[Finding, ...]
+    values: Mapping[int, Mapping[str, float | str]] = field(default_factory=dict)
 
 
 def read_cells(metadata: Metadata, columns: Columns) -> Cells:
@@ -59,6 +61,7 @@ def read_cells(metadata: Metadata, columns: Columns) -> Cells:
     findings: list[Finding] = []
     records: list[Record] = []
     sampling: dict[int, Sampling] = {}
+    values: dict[int, Mapping[str, float | str]] = {}
     media = [name for name in columns.media if name in metadata.columns]
     has_text = columns.text in metadata.columns
     sampled = columns.sampling and set(columns.sampling) <= set(metadata.columns)
@@ -75,12 +78,15 @@ def read_cells(metadata: Metadata, columns: Columns) -> Cells:
             _read_caption(cells.get(columns.text), row, columns.text, findings) if has_text and not unread else None
         )
         records.append(Record(row, caption, files))
+        if columns.values:
+            read = {one.column: _read_value(cells.get(one.column), row, one, findings) for one in columns.values}
+            values[row] = {column: value for column, value in read.items() if value is not None}
         if sampled:
             try:
                 sampling[row] = read_sampling(cells, f"row {row}")
             except DiffSynthError as error:
                 findings += [finding(SAMPLING_CODE, one.message, one.hint, row=row) for one in error.problems]
-    return Cells(tuple(records), sampling, tuple(findings))
+    return Cells(tuple(records), sampling, tuple(findings), values)
 
 
 def _read_names(value: Any, row: int, column: str, columns: Columns, findings: list[Finding]) -> tuple[str, ...]:
@@ -136,6 +142,26 @@ def _read_caption(value: Any, row: int, column: str, findings: list[Finding]) ->
         what = f"row {row}: the caption contains an unpaired surrogate (U+{ord(half[0]):04X})"
         findings.append(finding("CAPTION_CONTROL_CHARS", what, "fix the caption", row=row, level="error"))
     return value
+
+
+def _read_value(value: Any, row: int, condition: ValueCondition, findings: list[Finding]) -> float | str | None:
+    """Return the number or text in a cell; None if it is empty or neither."""
+    where = f"row {row}: column `{condition.column}`"
+    if _is_empty(value):
+        if condition.required:
+            findings.append(finding("CELL_EMPTY", f"{where} is empty", "fill it in, or remove the row", row=row))
+        return None
+    found: float | str | None
+    if condition.kind == "text":
+        found = value if isinstance(value, str) else None
+    else:
+        number = number_of(value)
+        found = None if math.isnan(number) else number
+    if found is None:
+        expected = "a number" if condition.kind == "number" else "a string"
+        what = f"{where} holds `{truncate(json.dumps(value))}`, expected {expected}"
+        findings.append(finding("CELL_TYPE", what, "correct it, or remove the row", row=row))
+    return found
 
 
 def _is_empty(value: Any) -> bool:

@@ -30,6 +30,7 @@ class Rows:
 
     Attributes:
         sampling: row -> sampler parameters.
+        values: row -> column -> number or text of a condition.
         listing: None if paths are not checked.
         present: paths in rows whose files exist in the dataset; only these are opened.
         findings: about metadata, columns, cells and paths.
@@ -42,6 +43,7 @@ class Rows:
     listing: Listing | None = None
     present: frozenset[str] = frozenset()
     findings: tuple[Finding, ...] = ()
+    values: Mapping[int, Mapping[str, float | str]] = field(default_factory=dict)
 
     @property
     def faulty(self) -> frozenset[int]:
@@ -81,7 +83,7 @@ def read_rows(metadata: Metadata, columns: Columns, look: Look, hints: Mapping[s
             records = as_on_disk(records, listing)
         present, of_paths = present_paths(records, listing)
         findings += [*of_paths, *unread_folders(listing, metadata.captions_in_files)]
-        return Rows(metadata, columns, records, cells.sampling, listing, present, tuple(findings))
+        return Rows(metadata, columns, records, cells.sampling, listing, present, tuple(findings), cells.values)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class Sample:
 
     Attributes:
         sampling: parameters of the few-step sampler, for distillation.
+        values: numbers and texts that are conditions, by column.
         other_captions: captions besides `caption`, of which each draw of the sample takes one (data/captions.py).
     """
 
@@ -58,6 +59,7 @@ class Sample:
     conditions: Mapping[str, tuple[MediaCrop, ...]] = field(default_factory=dict)
     sampling: Sampling | None = None
     other_captions: tuple[str, ...] = ()
+    values: Mapping[str, float | str] = field(default_factory=dict)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -119,6 +121,7 @@ def build_samples(
             base / files[columns.target][0],
             {name: tuple(base / path for path in files.get(name, ())) for name in shown},
             rows.sampling.get(row),
+            rows.values.get(row, {}),
         )
         for row, caption, files in rows.records
         if row not in faulty
@@ -136,6 +139,7 @@ class _Row:
     target: Path
     shown: Mapping[str, tuple[Path, ...]]
     sampling: Sampling | None
+    values: Mapping[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def _choose(row: _Row, headers: _Headers, columns: Columns, rule: MediaRule) -> 
             if problem := _condition_problem(row, condition, crop, header, target):
                 return problem
         conditions[condition.name] = tuple(crops)
-    return Sample(row.number, row.caption, target, conditions, row.sampling)
+    return Sample(row.number, row.caption, target, conditions, row.sampling, values=row.values)
 
 
 def _condition_problem(

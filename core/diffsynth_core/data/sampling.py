@@ -37,7 +37,7 @@ def read_sampling(row: Mapping[str, Any], where: str) -> Sampling:
     device = row.get("rand_device")
     if device not in RAND_DEVICES:
         problems.append(_unreadable("rand_device", device, " or ".join(RAND_DEVICES), where))
-    if _number(row.get("cfg_scale")) != 1:
+    if number_of(row.get("cfg_scale")) != 1:
         problems.append(
             Problem(
                 f"{where}: column `cfg_scale` holds `{_shown(row.get('cfg_scale'))}`, expected 1: distillation "
@@ -52,7 +52,7 @@ def read_sampling(row: Mapping[str, Any], where: str) -> Sampling:
 
 def _whole_number(value: Any, column: str, allowed: range, where: str, problems: list[Problem]) -> int:
     """Return a cell as an integer; 0, with a problem, if it is not one."""
-    number = _number(value)
+    number = number_of(value)
     whole = _exactly(value, number)
     if whole is None or whole not in allowed:
         expected = f"an integer from {allowed.start} to {allowed.stop - 1}"
@@ -68,8 +68,8 @@ def _exactly(value: Any, number: float) -> int | None:
     return int(value if isinstance(value, int) else number) if number % 1 == 0 else None
 
 
-def _number(value: Any) -> float:
-    """A cell as a number; not a number where it is none."""
+def number_of(value: Any) -> float:
+    """Return a cell as a finite number; NaN if it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return math.nan
     try:

@@ -138,7 +138,8 @@ class StepInputs:
         if self.variant.step_components:
             shown = [target]  # a ControlNet follows an image of the same size
         conditions = {condition.name: shown for condition in self.variant.conditions}
-        return {text_column: "", self.variant.target.column: target, **conditions}
+        values = {value.column: "" if value.kind == "text" else 0.0 for value in self.variant.values}
+        return {text_column: "", self.variant.target.column: target, **conditions, **values}
 
 
 def measure_step(

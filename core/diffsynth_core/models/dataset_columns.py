@@ -23,7 +23,8 @@ MASKS = tuple(
 
 def columns_of_run(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> Columns:
     """The columns that a run reads."""
-    return Columns(facts.text_column, variant.target.column, variant.conditions, TASKS[parameters.task].columns)
+    sampling = TASKS[parameters.task].columns
+    return Columns(facts.text_column, variant.target.column, variant.conditions, sampling, values=variant.values)
 
 
 def general_columns(present: Sequence[str], file_columns: Sequence[str]) -> Columns:

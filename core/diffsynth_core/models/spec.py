@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffsynth_core.config.choices import LayoutName, LoraFormat
-from diffsynth_core.data.conditions import Condition, TargetSpec
+from diffsynth_core.data.conditions import Condition, TargetSpec, ValueCondition
 from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, HubModelSize, LatentFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_formats import LoraNaming
@@ -172,7 +172,8 @@ class Variant:
     Attributes:
         model_id: a published model of this variant.
         components: required components.
-        conditions: inputs besides caption and target; each of their columns is a requested extra input.
+        conditions: inputs with files besides caption and target; each of their columns is a requested extra input.
+        values: inputs that are numbers or texts, likewise.
         step_components: components besides the denoiser that run in every training step, whether they train or not.
         extra_trainable: component -> modules that are unused in other variants but trainable in this one.
         extra_unused: component -> function from module keys to those without a gradient in this variant only.
@@ -187,6 +188,7 @@ class Variant:
     encoders: tuple[EncoderFacts, ...]
     target: TargetSpec
     conditions: tuple[Condition, ...] = ()
+    values: tuple[ValueCondition, ...] = ()
     step_components: tuple[str, ...] = ()
     extra_trainable: Mapping[str, frozenset[str]] = field(default_factory=dict)
     extra_unused: Mapping[str, Callable[[frozenset[str]], frozenset[str]]] = field(default_factory=dict)

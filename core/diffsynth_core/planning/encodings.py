@@ -237,6 +237,8 @@ def _inputs(plan: RunPlan, encoder: EncoderFacts, sample: Sample, caption: str, 
     for column in encoder.columns:
         if column == plan.model.facts.text_column:
             inputs[column] = caption
+        elif column in sample.values:
+            inputs[column] = sample.values[column]
         elif column in sample.conditions:
             inputs[column] = [_content(crop, memory) for crop in sample.conditions[column]]
         else:

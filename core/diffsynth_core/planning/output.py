@@ -200,10 +200,11 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     for sample in samples.samples:
         shown = {name: [described(crop) for crop in crops] for name, crops in sample.conditions.items()}
         captions = sample.captions if sample.other_captions else sample.caption
-        described_sample = [sample.row, captions, described(sample.target), shown]
-        digest.update(
-            json.dumps([*described_sample, asdict(sample.sampling)] if sample.sampling else described_sample).encode()
-        )
+        rest = [
+            *([dict(sample.values)] if sample.values else ()),
+            *([asdict(sample.sampling)] if sample.sampling else ()),
+        ]
+        digest.update(json.dumps([sample.row, captions, described(sample.target), shown, *rest]).encode())
     return digest.hexdigest()
 
 

@@ -38,6 +38,8 @@ def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: i
     for column in encoder.columns:
         if column == plan.model.facts.text_column:
             loaded[column] = sample.captions[choice]
+        elif column in sample.values:
+            loaded[column] = sample.values[column]
         elif column in sample.conditions:
             loaded[column] = [load_pixel_tensor(crop) for crop in sample.conditions[column]]
         else:

@@ -156,7 +156,9 @@ def measure(built, blocks, batch=1):
     )
     target = SimpleNamespace(column="image")
     inputs = StepInputs(
-        SimpleNamespace(step_components=(), conditions=(), target=target), (), StepSizes(batch, ((1, 8, 8),), 0)
+        SimpleNamespace(step_components=(), conditions=(), values=(), target=target),
+        (),
+        StepSizes(batch, ((1, 8, 8),), 0),
     )
     return measure_step(ToyFamily(), {"dit": component}, inputs, None, "cuda")
 
