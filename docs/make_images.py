@@ -109,7 +109,7 @@ def main(target: Path) -> None:
             folder,
             environment,
         )
-        take(own, "train", "a run on one's own images (tiny weights)", target, folder, environment)
+        take(own, "train", "a run on your own images (tiny weights)", target, folder, environment)
         take(
             f"{own} --output_path second",
             "second-run",

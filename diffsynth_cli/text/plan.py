@@ -161,9 +161,10 @@ def _step_lines(plan: RunPlan) -> Iterator[str]:
 
 def steps_in_words(plan: RunPlan) -> str:
     """The number of optimizer steps, and how it is computed."""
-    parameters, steps = plan.parameters, plan.data.steps
+    parameters, steps, repeat = plan.parameters, plan.data.steps, plan.parameters.dataset_repeat
+    samples = pluralize(steps.batches.samples_per_epoch // repeat, "sample") + (f" x {repeat}" if repeat > 1 else "")
     return (
-        f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {pluralize(plan.data.steps.batches.samples_per_epoch, 'sample')}; "
+        f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {samples}; "
         f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {pluralize(plan.machine.world_size, 'process', 'processes')})"
     )
 
