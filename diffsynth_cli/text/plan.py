@@ -206,8 +206,8 @@ def _kinds(modules: Sequence[str]) -> str:
 
 def _part(plan: RunPlan, component: str) -> str:
     parts = []
-    if component in plan.model.float8:
-        parts.append(_kept_in_float8(plan.model.float8[component]))
+    if component in plan.model.stored:
+        parts.append(_kept_in_float8(plan.model.stored[component]))
     elif has_scales(plan, component):
         parts.append("upcast from scaled 8-bit floats when loaded")
     if plan.model.fused_lora and component == plan.model.fused_lora.component:

@@ -87,7 +87,7 @@ def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
         columns = scale_pixels(load_columns(plan, encoder, plan.data.samples.samples[0]), CPU)
         made = []
         for kind in ("wide", "rounded", "stored"):
-            chosen = replace(files, float8=kind == "stored")
+            chosen = replace(files, storage="float8" if kind == "stored" else "plain")
             module = load_component(family, chosen, precision, CPU, SilentReporter())
             if kind == "rounded":
                 round_weights(plan, encoder.component, module)

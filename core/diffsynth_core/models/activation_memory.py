@@ -37,8 +37,7 @@ class MeasuredComponent:
     """A component that takes part in a step.
 
     `config`: constructor settings of what is built. `dtype`: of frozen weights.
-    `float32`: names of weights that are float32 whatever the others are. `float8`: those of blocks are stored in 8-bit
-    floats.
+    `float32`: names of weights that are float32 whatever the others are. `storage`: the weight store of frozen ones.
     `blocks`: the lists of blocks that stand for longer ones -> how many blocks those have.
     """
 
@@ -46,7 +45,7 @@ class MeasuredComponent:
     dtype: torch.dtype
     setup: ComponentSetup
     float32: frozenset[str] = frozenset()
-    float8: bool = False
+    storage: str = "plain"
     blocks: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -217,7 +216,7 @@ def _build(family: Family, name: str, component: MeasuredComponent) -> nn.Module
         module = family.build(name, component.config)
     module.eval().requires_grad_(False)
     facts = family.facts.component(name)
-    swap_layers(facts, module, STORES["float8" if component.float8 else "plain"], component.dtype)
+    swap_layers(facts, module, STORES[component.storage], component.dtype)
     prepare_component(family, name, module, component.setup)
     for weight, parameter in list(module.named_parameters()):
         wide = parameter.requires_grad or weight in component.float32 or facts.stays_float32(weight)

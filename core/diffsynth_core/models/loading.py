@@ -126,7 +126,7 @@ def load_component(
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
     facts = family.facts.component(files.component)
-    store = STORES["float8" if files.float8 else "plain"]
+    store = STORES[files.storage]
     buffers = frozenset(name for name, _ in module.named_buffers())
     facts = family.facts.component(files.component)
     replaced = swap_layers(facts, module, store, dtype)

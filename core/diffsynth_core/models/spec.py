@@ -327,7 +327,7 @@ class ComponentFiles:
         origin: what the user wrote for them, and the mirror that is read instead, if any.
         folders: where related files are looked up: next to them, and where the user named them.
         config_path: their config.json, if there is one.
-        float8: store suitable weights in 8-bit floats (adapters/float8.py).
+        storage: the weight store that keeps its frozen weights (models/weight_store.py).
         prefix: prefix of its keys in the files; keys without it belong to other components.
     """
 
@@ -338,7 +338,7 @@ class ComponentFiles:
     layout: Layout = Layout(frozenset())
     folders: tuple[Path, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    float8: bool = False
+    storage: str = "plain"
     prefix: str = ""
 
 

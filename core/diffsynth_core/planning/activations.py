@@ -181,7 +181,7 @@ def _part(plan: RunPlan, component: str, config: MemoryConfig) -> Any:
     training = plan.training
     lora = [training.lora_modules, config.rank] if component == training.lora_component else None
     whole = component in training.full
-    return [_identity(plan, component), lora, whole, training.parts.get(component), component in config.float8]
+    return [_identity(plan, component), lora, whole, training.parts.get(component), config.storage[component]]
 
 
 def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryConfig) -> "MeasuredComponent":
@@ -211,7 +211,7 @@ def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryCon
         frozen_dtype(config.precision),
         replace(setup, checkpointing=True),
         plan.training.weights(component, layout, shapes),
-        component in config.float8,
+        config.storage[component],
         blocks,
     )
 

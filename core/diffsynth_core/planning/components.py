@@ -23,6 +23,7 @@ from diffsynth_core.models.spec import (
     Shapes,
     Variant,
 )
+from diffsynth_core.models.weight_store import STORES
 from diffsynth_core.planning.file_assignment import (
     AssignedFiles,
     FoundPart,
@@ -181,7 +182,7 @@ def _use_published_sizes(
             None,
             component.layouts[0],
             settings=settings,
-            float8=entry in parameters.fp8_models,
+            storage="float8" if entry in parameters.fp8_models else "plain",
         )
         assigned.shapes[component.name] = hub_shapes(facts, published) if component.name == facts.denoiser else {}
         found[component.name] = published
@@ -291,29 +292,30 @@ def shape_faults(found: ModelPlan) -> list[Problem]:
     return [problem for files in there for problem in shape_problems(family, files)]
 
 
-def float8_shares(found: ModelPlan) -> dict[str, float | None]:
-    """Return component -> fraction of its weights that 8-bit storage applies to; None: unknown."""
+def stored_shares(found: ModelPlan) -> dict[str, float | None]:
+    """Return component -> fraction of its weights in the layers of its weight store, if it has any; None: unknown."""
     from diffsynth_core.models.loading import build_empty, stored_layers
-    from diffsynth_core.models.weight_store import STORES
 
     family = load_family(found.facts.name)
     shares: dict[str, float | None] = {}
     for name, files in found.components.items():
-        if files.float8 and name in found.published:
+        if files.storage == "plain":
+            continue
+        if name in found.published:
             shapes = found.shapes[name]
-            shares[name] = float8_share(shapes) if shapes else None
-        elif files.float8:
+            shares[name] = stored_share(shapes) if shapes else None
+        else:
             module = build_empty(family, files)
             sizes = {weight: parameter.numel() for weight, parameter in module.named_parameters()}
-            layers = stored_layers(found.facts.component(name), module, STORES["float8"])
+            layers = stored_layers(found.facts.component(name), module, STORES[files.storage])
             shares[name] = sum(sizes[f"{layer}.weight"] for layer in layers) / sum(sizes.values())
     return shares
 
 
-def float8_share(shapes: Shapes) -> float:
-    """Return the fraction of a component's weights that 8-bit storage applies to, from its shapes."""
-    in_float8 = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers_of_blocks(shapes))
-    return in_float8 / sum(map(math.prod, shapes.values()))
+def stored_share(shapes: Shapes) -> float:
+    """Return the fraction of a component's weights in linear layers of blocks, from its shapes."""
+    stored = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers_of_blocks(shapes))
+    return stored / sum(map(math.prod, shapes.values()))
 
 
 def _read(file_sets: Iterable[FileSet]) -> tuple[list[FoundPart], list[Problem]]:

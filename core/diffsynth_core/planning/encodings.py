@@ -222,11 +222,10 @@ def _plan_encoder(
 
 def _precision(plan: RunPlan, component: str) -> str:
     """Return an encoder's compute dtype, and how its weights are rounded, if they are."""
-    return (
-        f"{plan.machine.mixed_precision}, float8 weights"
-        if plan.model.float8.get(component)
-        else plan.machine.mixed_precision
-    )
+    precision = plan.machine.mixed_precision
+    if not plan.model.stored.get(component):
+        return precision
+    return f"{precision}, {plan.model.components[component].storage} weights"
 
 
 def _inputs(plan: RunPlan, encoder: EncoderFacts, sample: Sample, caption: str, memory: HashCache) -> dict[str, object]:

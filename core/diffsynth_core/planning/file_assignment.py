@@ -130,7 +130,7 @@ def assign_files(
         config = _config_beside(stored.part.paths[0], component, facts) if stored.alone else None
         folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
         settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
-        float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
+        in_float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
         components[component.name] = ComponentFiles(
             component=component.name,
             origin=file_set.source,
@@ -139,7 +139,7 @@ def assign_files(
             layout=layout,
             folders=folders,
             settings=settings,
-            float8=float8,
+            storage="float8" if in_float8 else "plain",
             prefix=stored.part.prefix,
         )
         assigned.shapes[component.name] = shapes_in(stored.part, layout)

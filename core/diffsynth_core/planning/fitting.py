@@ -108,8 +108,8 @@ def _options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
     if sizes.batch > 1:
         yield MemoryOption("batch size 1", "--batch_size 1", replace(config, sizes=replace(sizes, batch=1)))
     for name in _rounded(plan):
-        if name not in config.float8:
-            kept = replace(config, float8=config.float8 | {name})
+        if config.storage[name] != "float8":
+            kept = replace(config, storage={**config.storage, name: "float8"})
             entries = quote(",".join((*plan.parameters.fp8_models, _entry(plan, name))))
             yield MemoryOption(f"{name} in 8-bit floats", f"--fp8_models {entries}", kept)
     for lower in (rank // 2, rank // 4) if plan.training.lora_component else ():
@@ -167,7 +167,7 @@ def _combined(together: MemoryConfig, before: MemoryConfig, changed: MemoryConfi
         recompute=together.recompute or changed.recompute,
         offload=together.offload or changed.offload,
         rank=min(together.rank, changed.rank),
-        float8=together.float8 | changed.float8,
+        storage={**together.storage, **dict(changed.storage.items() - before.storage.items())},
         sizes=together.sizes
         if changed.sizes == before.sizes
         else replace(

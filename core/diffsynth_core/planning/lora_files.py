@@ -141,7 +141,7 @@ def find_fused_lora(parameters: Parameters, found: ModelPlan) -> FusedLora | Non
     files = found.components.get(component)
     if path is None or not there or files is None:
         return None
-    if files.float8:
+    if files.storage == "float8":
         report(
             Problem(
                 f"`preset_lora_path` cannot be merged into `{component}`, whose files `fp8_models` keeps in 8-bit floats: "

@@ -13,6 +13,7 @@ from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.size_facts import BYTES
+from diffsynth_core.models.weight_store import STORES
 from diffsynth_core.planning.activations import (
     encoder_activations,
     measured_encoders,
@@ -201,10 +202,10 @@ def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
         return count_parameters(plan, component) * low
     fp32 = set(filter(plan.model.facts.component(component).stays_float32, shapes))
     fp32 |= plan.training.weights(component, plan.model.components[component].layout, shapes)
-    layers = layers_of_blocks(shapes) if component in config.float8 else ()
-    float8 = {f"{layer}.weight" for layer in layers} - fp32
-    sizes = {**dict.fromkeys(fp32, BYTES["float32"]), **dict.fromkeys(float8, BYTES["float8"])}
-    return sum(math.prod(shape) * sizes.get(name, low) for name, shape in shapes.items())
+    kept = STORES[config.storage[component]].bytes_per_weight
+    sizes: dict[str, float] = {f"{layer}.weight": kept for layer in layers_of_blocks(shapes)} if kept else {}
+    sizes |= dict.fromkeys(fp32, BYTES["float32"])
+    return round(sum(math.prod(shape) * sizes.get(name, low) for name, shape in shapes.items()))
 
 
 def encoding_memory(plan: RunPlan, config: MemoryConfig) -> tuple[EncodingMemory, ...]:

@@ -1,5 +1,6 @@
 """What of a run its memory depends on. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffsynth_core.models.size_facts import StepSizes
@@ -11,7 +12,7 @@ class MemoryConfig:
     """What of a run its memory depends on, and what may be chosen otherwise.
 
     `device`: cuda, which stands for all accelerators, or cpu.
-    `rank`: that of the LoRA. `float8`: components whose weights are kept in 8-bit floats.
+    `rank`: that of the LoRA. `storage`: component -> its weight store (models/weight_store.py).
     """
 
     device: str
@@ -19,7 +20,7 @@ class MemoryConfig:
     rank: int
     recompute: bool
     offload: bool
-    float8: frozenset[str]
+    storage: Mapping[str, str]
     sizes: StepSizes
 
 
@@ -37,6 +38,6 @@ def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
     parameters = plan.parameters
     device, precision = device_and_precision(plan)
     offload = parameters.use_gradient_checkpointing_offload
-    kept = frozenset(name for name, files in plan.model.components.items() if files.float8)
+    storage = {name: files.storage for name, files in plan.model.components.items()}
     recompute = parameters.use_gradient_checkpointing or offload
-    return MemoryConfig(device, precision, parameters.lora_rank, recompute, offload, kept, sizes)
+    return MemoryConfig(device, precision, parameters.lora_rank, recompute, offload, storage, sizes)

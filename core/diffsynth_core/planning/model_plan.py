@@ -37,8 +37,8 @@ class ModelPlan:
         tokenizers: tokenizer parameter -> folder.
         unused_components: components that the parameters name but the task does not load.
         published: components whose files are missing -> size of the published model, used instead.
-        float8: component in `fp8_models` -> fraction of its weights stored in 8-bit floats; None: unknown without its
-            files.
+        stored: component with a weight store of its own -> fraction of its weights that are in the layers of the store;
+            None: unknown without its files.
         fused_lora: LoRA merged into a component before training.
     """
 
@@ -49,5 +49,10 @@ class ModelPlan:
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
     unused_components: Mapping[str, ComponentFiles] = field(default_factory=dict)
     published: Mapping[str, HubModelSize] = field(default_factory=dict)
-    float8: Mapping[str, float | None] = field(default_factory=dict)
+    stored: Mapping[str, float | None] = field(default_factory=dict)
     fused_lora: FusedLora | None = None
+
+    @property
+    def float8_components(self) -> list[str]:
+        """Components whose weights are stored in 8-bit floats, in alphabetical order."""
+        return sorted(name for name, files in self.components.items() if files.storage == "float8")

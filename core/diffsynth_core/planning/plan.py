@@ -13,7 +13,7 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem, collect_problems, report, report_missing
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
-from diffsynth_core.planning.components import find_components, float8_shares, shape_faults
+from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.lora_files import find_fused_lora
@@ -147,7 +147,7 @@ def make_plan(
         raise FaultsFound([*resolved.problems, *of_files] or [Problem("the run cannot be planned")])
     return RunPlan(
         parameters=parameters,
-        model=replace(found, float8=float8_shares(found), fused_lora=fused_lora),
+        model=replace(found, stored=stored_shares(found), fused_lora=fused_lora),
         data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded),
         training=training,
         output=OutputPlan(start=start, cache=cache),
@@ -213,7 +213,7 @@ def _find_start(
 ) -> ResumePoint:
     """Return where the run starts in its output folder; a precompute task always starts at the beginning."""
     if TASKS[parameters.task].trains:
-        kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
+        kept = found.float8_components if found else []
         return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter)
     if found and fingerprint:
         check_precompute_output(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint))

@@ -7,6 +7,7 @@ from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, report
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Layout
+from diffsynth_core.models.weight_store import STORES
 from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
 from diffsynth_core.planning.model_plan import ModelPlan
@@ -60,7 +61,7 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
     """Return what the parameters select for training among the components. Reports problems."""
     full, parts = find_trained(parameters, found)
     changing = [found.components[name] for name in (*full, *parts) if name in found.components]
-    report(*[_rounded(files) for files in changing if files.float8])
+    report(*[_rounded(files) for files in changing if not STORES[files.storage].trains])
     lora_component = parameters.lora_base_model
     if lora_component and not check_component(lora_component, "lora_base_model", found):
         lora_component = None

@@ -384,7 +384,7 @@ class Run:
                 mixed_precision=plan.machine.mixed_precision,
                 micro_batches_per_step=plan.data.steps.micro_batches,
                 id=uuid4().hex,
-                float8_components=sorted(plan.model.float8),
+                float8_components=plan.model.float8_components,
             )
         # Checkpoints after the resumed state will be written again.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.output.start.first_step]

@@ -39,7 +39,7 @@ def family():
 def files_of(paths: tuple[Path, ...], component: str = "dit", config: Path | None = None) -> ComponentFiles:
     _, layout = recognize(read_headers(paths), load_family("qwen-image").facts)
     config = config or paths[0].parent / "config.json"
-    return ComponentFiles(component, "x", paths, config, layout, float8=True)
+    return ComponentFiles(component, "x", paths, config, layout, storage="float8")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def rewritten(files, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_the_kind_are_rounded_once_and_all_others_are_as_ever(family, files, dtype):
     narrow = load_component(family, files, dtype, CPU, SilentReporter())
-    wide = load_component(family, replace(files, float8=False), dtype, CPU, SilentReporter())
+    wide = load_component(family, replace(files, storage="plain"), dtype, CPU, SilentReporter())
     stored = {name for name, module in narrow.named_modules() if isinstance(module, Float8Linear)}
     assert LAYER in stored and "transformer_blocks.0.img_mod.1" in stored
     assert stored.isdisjoint({"img_in", "txt_in", "proj_out", "norm_out.linear"})
@@ -78,12 +78,12 @@ def test_weights_of_the_kind_are_rounded_once_and_all_others_are_as_ever(family,
 
 def test_half_the_bytes_of_bfloat16(family, files):
     sizes = []
-    for each in (files, replace(files, float8=False)):
+    for each in (files, replace(files, storage="plain")):
         module = load_component(family, each, torch.bfloat16, CPU, SilentReporter())
         layers = [layer for layer in module.modules() if type(layer) in (Float8Linear, torch.nn.Linear)]
         kept = {id(layer): getattr(layer, "stored", None) for layer in layers}
         sizes.append(sum(p.nbytes for p in module.parameters()))
-        if each.float8:
+        if each.storage == "float8":
             converted = sum(bytes_.nbytes for bytes_ in kept.values() if bytes_ is not None)
     assert sizes[1] - sizes[0] == converted > 0.6 * sizes[1] / 2
 
@@ -128,7 +128,7 @@ def test_files_in_8_bit_floats_are_read_into_either(family, rewritten, narrow):
     files = rewritten(lambda name, tensor: tensor.to(narrow) if tensor.ndim == 2 else tensor)
     assert shape_problems(family, files) == []
     values = load_file(files.paths[0])[f"{LAYER}.weight"].float()
-    wide = load_component(family, replace(files, float8=False), torch.bfloat16, CPU, SilentReporter())
+    wide = load_component(family, replace(files, storage="plain"), torch.bfloat16, CPU, SilentReporter())
     stored = load_component(family, files, torch.bfloat16, CPU, SilentReporter())
     assert torch.equal(wide.get_submodule(LAYER).weight, values.bfloat16())
     assert {parameter.dtype for parameter in wide.parameters()} == {torch.bfloat16}

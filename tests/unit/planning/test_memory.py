@@ -183,7 +183,7 @@ def test_changes_keep_what_was_changed_before(plan):
         offload=True,
         rank=config.rank // 4,
         sizes=replace(quarter, batch=1),
-        float8=frozenset({"dit"}),
+        storage={**config.storage, "dit": "float8"},
     )
     assert last.peak == device_memory(made, everything).peak
 
