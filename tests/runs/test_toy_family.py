@@ -17,6 +17,7 @@ from diffsynth_core.planning.encodings import EncodingRef, plan_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training import loop
+from diffsynth_core.training.precompute import precompute
 from diffsynth_core.training.stop import StopRequest
 from tests.clips import detailed, write_clip
 from tests.naming import names
@@ -138,36 +139,62 @@ def test_a_control_video_that_is_too_short_is_an_error(toy, dataset):
     assert outcome.err == names("row 2", "control_video", dataset / "b_lines.mkv", "5 frames", "9")
 
 
-def test_two_captions_of_a_sample_are_encoded_and_drawn(base, dataset, tmp_path, monkeypatch):
-    plain = planned(base, dataset, tmp_path / "out", max_steps=12, num_epochs=4)
+def with_two_captions(plan):
+    """The plan with a second caption for the first two of its samples."""
     captions = [("clip a", "a first clip"), ("clip b", "a second clip"), ("clip c",)]
     samples = tuple(
         replace(sample, caption=first, other_captions=tuple(others))
-        for sample, (first, *others) in zip(plain.data.samples.samples, captions, strict=True)
+        for sample, (first, *others) in zip(plan.data.samples.samples, captions, strict=True)
     )
-    plan = replace(plain, data=replace(plain.data, samples=replace(plain.data.samples, samples=samples)))
-    before, after = (plan_encodings(one, SilentReporter()) for one in (plain, plan))
-    for one, other in zip(before.encoders, after.encoders, strict=True):
-        assert one.keys.items() <= other.keys.items(), "the keys of the first choice stay as they were"
-    text, latents = after.encoders
-    assert set(text.keys) == {EncodingRef(0), EncodingRef(0, 1), EncodingRef(1), EncodingRef(1, 1), EncodingRef(2)}
-    assert len(set(text.keys.values())) == 5 and set(latents.keys) == {EncodingRef(0), EncodingRef(1), EncodingRef(2)}
+    return replace(plan, data=replace(plan.data, samples=replace(plan.data.samples, samples=samples)))
 
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Train; return which encoding of a caption each step was given."""
     states = []
     predict = Toy.predict_velocity
     monkeypatch.setattr(
         Toy, "predict_velocity", lambda *given: (states.append(given[-1]["prompt_embeds"]), predict(*given))[1]
     )
-    loop.train(plan, SilentReporter(), StopRequest())
-    encoded = {ref: text.cache.read(key)["prompt_embeds"] for ref, key in text.keys.items()}
-    drawn = [next(ref for ref, one in encoded.items() if torch.equal(one[None], state)) for state in states]
-    assert set(drawn) == set(encoded), "every choice is drawn"
-    assert [ref.sample for ref in drawn[:3]] != [0, 0, 0]
-    states.clear()
-    resumed = replace(plan, parameters=plan.parameters.model_copy(update={"output_path": tmp_path / "again"}))
-    loop.train(resumed, SilentReporter(), StopRequest())
-    again = [next(ref for ref, one in encoded.items() if torch.equal(one[None], state)) for state in states]
-    assert again == drawn, "pure in seed, epoch and sample"
+
+    def train(plan):
+        states.clear()
+        loop.train(plan, SilentReporter(), StopRequest())
+        text, *_ = plan_encodings(plan, SilentReporter()).encoders
+        encoded = {ref: text.cache.read(key)["prompt_embeds"] for ref, key in text.keys.items()}
+        return [next(ref for ref, one in encoded.items() if torch.equal(one[None], state)) for state in states]
+
+    return train
+
+
+TWICE = {EncodingRef(0), EncodingRef(0, 1), EncodingRef(1), EncodingRef(1, 1), EncodingRef(2)}
+
+
+def test_two_captions_of_a_sample_are_encoded_and_drawn(base, dataset, tmp_path, drawn):
+    plain = planned(base, dataset, tmp_path / "out", max_steps=12, num_epochs=4)
+    plan = with_two_captions(plain)
+    before, after = (plan_encodings(one, SilentReporter()) for one in (plain, plan))
+    for one, other in zip(before.encoders, after.encoders, strict=True):
+        assert one.keys.items() <= other.keys.items(), "the keys of the first choice stay as they were"
+    text, latents = after.encoders
+    assert set(text.keys) == TWICE and len(set(text.keys.values())) == 5
+    assert set(latents.keys) == {EncodingRef(0), EncodingRef(1), EncodingRef(2)}
+
+    found = drawn(plan)
+    assert set(found) == TWICE, "every choice is drawn"
+    again = replace(plan, parameters=plan.parameters.model_copy(update={"output_path": tmp_path / "again"}))
+    assert drawn(again) == found, "pure in seed, epoch and sample"
+
+
+def test_two_captions_pass_through_a_folder_of_encoded_samples(base, dataset, tmp_path, drawn):
+    steps = {"max_steps": 12, "num_epochs": 4}
+    expected = drawn(with_two_captions(planned(base, dataset, tmp_path / "direct", **steps)))
+    encode = planned(base, dataset, tmp_path / "encoded", task="sft:data_process", **steps)
+    precompute(with_two_captions(encode), SilentReporter(), StopRequest())
+    plan = planned(base, tmp_path / "encoded", tmp_path / "trained", task="sft:train", **steps)
+    assert [len(sample.captions) for sample in plan.data.samples.samples] == [2, 2, 1]
+    assert drawn(plan) == expected
 
 
 def test_a_number_and_a_text_reach_the_model(toy, base, monkeypatch):

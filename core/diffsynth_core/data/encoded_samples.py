@@ -75,14 +75,14 @@ class EncodedSamples:
     """The content of such a folder; without `samples` it is incomplete.
 
     Attributes:
-        files: encoder -> encoding, for each sample. Only row, file name and sizes of a sample are stored, not its
-            caption.
+        files: encoder -> encodings, for each sample: one for each of its captions where the encoder reads them. Only
+            row, file name and sizes of a sample are stored, not its captions.
     """
 
     folder: Path
     origin: Origin
     samples: tuple[Sample, ...] = ()
-    files: tuple[Mapping[str, EncodedFile], ...] = ()
+    files: tuple[Mapping[str, tuple[EncodedFile, ...]], ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -97,13 +97,18 @@ class EncodedSamples:
         """Yield the files that belong to it, and their sizes in bytes."""
         caches = {encoder: self.cache(encoder) for encoder in self.origin.encoders}
         for files in self.files:
-            for encoder, file in files.items():
-                yield caches[encoder].path(file.key), file.bytes
+            for encoder, choices in files.items():
+                yield from ((caches[encoder].path(file.key), file.bytes) for file in choices)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One sample in the file; see `_as_plain`."""
+    """One sample in the file; see `_as_plain`.
+
+    Attributes:
+        files: one for each encoder.
+        others: encoder -> those of further captions.
+    """
 
     row: int
     file: str
@@ -111,6 +116,7 @@ class _Entry:
     files: tuple[tuple[str, int], ...]
     shown: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     sampling: Sampling | None = None
+    others: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,10 @@ def read_encoded(folder: Path) -> EncodedSamples:
         raise DiffSynthError(f"`{path}` row {wrong}: expected {pluralize(len(encoders), 'file')}", ENCODE_AGAIN)
     samples = tuple(_sample(entry) for entry in manifest.samples)
     files = tuple(
-        {encoder: EncodedFile(*file) for encoder, file in zip(encoders, entry.files, strict=True)}
+        {
+            encoder: tuple(EncodedFile(*one) for one in (file, *entry.others.get(encoder, ())))
+            for encoder, file in zip(encoders, entry.files, strict=True)
+        }
         for entry in manifest.samples
     )
     return EncodedSamples(folder, origin, samples, files)
@@ -187,19 +196,23 @@ def unexpected_files(folder: Path, known: set[Path]) -> list[str]:
     )
 
 
-def _as_plain(sample: Sample, files: Mapping[str, EncodedFile]) -> dict[str, Any]:
+def _as_plain(sample: Sample, files: Mapping[str, tuple[EncodedFile, ...]]) -> dict[str, Any]:
     plain: dict[str, Any] = {"row": sample.row, "file": str(sample.target.path), "shape": sample.target.shape}
     if sample.conditions:
         plain["shown"] = {name: [shown.shape for shown in images] for name, images in sample.conditions.items()}
     if sample.sampling:
         plain["sampling"] = asdict(sample.sampling)
-    return plain | {"files": [[file.key, file.bytes] for file in files.values()]}
+    others = {name: [[file.key, file.bytes] for file in further] for name, (_, *further) in files.items() if further}
+    if others:
+        plain["others"] = others
+    return plain | {"files": [[first.key, first.bytes] for first, *_ in files.values()]}
 
 
 def _sample(entry: _Entry) -> Sample:
     path = Path(entry.file)
     shown = {name: tuple(_crop(path, shape) for shape in shapes) for name, shapes in entry.shown.items()}
-    return Sample(entry.row, "", _crop(path, entry.shape), shown, entry.sampling)
+    others = ("",) * max(map(len, entry.others.values()), default=0)
+    return Sample(entry.row, "", _crop(path, entry.shape), shown, entry.sampling, others)
 
 
 def _crop(path: Path, shape: tuple[int, int, int]) -> MediaCrop:

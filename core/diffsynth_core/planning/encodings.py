@@ -129,14 +129,19 @@ def _already_encoded(
     encoders, memory = [], _entry_memory(plan)
     for encoder in plan.model.variant.encoders:
         cache = EncodingCache(encodings_folder(encoded.folder, encoder.name), memory=memory)
-        keys = {EncodingRef(index): files[encoder.name].key for index, files in enumerate(encoded.files)}
+        keys = {
+            EncodingRef(index, choice): file.key
+            for index, files in enumerate(encoded.files)
+            for choice, file in enumerate(files[encoder.name])
+        }
         if missing := _missing(cache, keys, encoder, reporter):
             raise DiffSynthError(
                 f"{len(missing)} of {pluralize(len(keys), 'encoding')} in `{encoded.folder}` "
                 f"{verb(len(missing), 'is', 'are')} damaged; the first is `{cache.path(keys[missing[0]])}`",
                 f"run the command of `{plan.task.precompute_task}` again to encode them again",
             )
-        encoders.append(EncoderPlan(encoder, False, cache, keys, ()))
+        reads_text = plan.model.facts.text_column in encoder.columns
+        encoders.append(EncoderPlan(encoder, False, cache, keys, (), reads_text=reads_text))
     return EncodingsPlan(tuple(encoders), {**encoded.origin.components, **identities})
 
 

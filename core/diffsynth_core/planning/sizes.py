@@ -95,7 +95,7 @@ def _text_states(plan: RunPlan, samples: Sequence[Sample], shown: Sequence[Shown
 def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[int]:
     """States that files of an encoder hold, whose heads are smaller than a state."""
     each = width * BYTES[ENCODER_DTYPES[encoded.origin.precision.partition(",")[0]]]
-    return [files[encoder].bytes // each for files in encoded.files]
+    return [max(file.bytes for file in files[encoder]) // each for files in encoded.files]
 
 
 def _encoded(plan: RunPlan, text_states: int, shown: Shown) -> EncodedSize:

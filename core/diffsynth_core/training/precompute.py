@@ -66,9 +66,7 @@ def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, sto
             if ref.sample % accelerator.num_processes == accelerator.process_index:
                 part.cache.fetch(key)
     accelerator.wait_for_everyone()
-    complete = replace(
-        manifest, samples=tuple(_relative(plan)), files=tuple(_files(encodings, len(plan.data.samples.samples)))
-    )
+    complete = replace(manifest, samples=tuple(_relative(plan)), files=tuple(_files(plan, encodings)))
     if accelerator.is_main_process:
         write_encoded(complete)
     accelerator.wait_for_everyone()
@@ -127,12 +125,11 @@ def _relative(plan: RunPlan) -> Iterator[Sample]:
         yield replace(sample, target=replace(sample.target, path=name))
 
 
-def _files(encodings: EncodingsPlan, count: int) -> Iterator[dict[str, EncodedFile]]:
-    """Yield the encoding files of each sample, by encoder."""
-    # The manifest has no place for the encodings of further captions yet.
-    assert all(ref.choice == 0 for part in encodings.encoders for ref in part.keys)
-    for index in range(count):
-        yield {
-            part.encoder.name: EncodedFile(part.key(index), part.cache.path(part.key(index)).stat().st_size)
-            for part in encodings.encoders
-        }
+def _files(plan: RunPlan, encodings: EncodingsPlan) -> Iterator[dict[str, tuple[EncodedFile, ...]]]:
+    """Yield the encoding files of each sample, by encoder and caption."""
+    for index, sample in enumerate(plan.data.samples.samples):
+        files = {}
+        for part in encodings.encoders:
+            keys = [part.key(index, choice) for choice in range(len(sample.captions) if part.reads_text else 1)]
+            files[part.encoder.name] = tuple(EncodedFile(key, part.cache.path(key).stat().st_size) for key in keys)
+        yield files
