@@ -45,6 +45,10 @@ class Counting(Engine):
         return getattr(self._inner, name)(*arguments)
 
     def place(self, component, name, tensor):
+        if not any(owner == id(component) for owner, _ in Counting.placed):
+            assert all(parameter.is_meta for parameter in component.parameters())
+            assert any(".lora_B." in name for name, _ in component.named_parameters())
+            assert component.is_gradient_checkpointing
         Counting.placed.add((id(component), name))
         self._inner.place(component, name, tensor)
 

@@ -27,8 +27,10 @@ class Engine(ABC):
 
     @abstractmethod
     def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
-        """Set a parameter or buffer of a component, on the meta device until then, to what this process keeps of a
-        whole tensor.
+        """Set a parameter or buffer of a component to what this process keeps of a whole tensor.
+
+        At the first tensor of a component all its parameters are still on the meta device, with its LoRA and gradient
+        checkpointing in place: the moment to shard it.
         """
 
     @abstractmethod
