@@ -12,7 +12,7 @@ import torch
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
@@ -59,10 +59,10 @@ def _our_steps(plan: RunPlan) -> float:
 def _bare_steps(plan: RunPlan) -> float:
     """Return the median seconds of a step of the plainest loop: samples in memory, global noise, no bookkeeping."""
     family = load_family("qwen-image")
-    encodings = plan_encodings(plan, SilentReporter())
-    model = build_training_module(plan, encodings, family, torch.device("cpu"), SilentReporter())
+    plan = with_encodings(plan, SilentReporter())
+    model = build_training_module(plan, family, torch.device("cpu"), SilentReporter())
     encoded = [
-        {name: tensor for part in encodings.encoders for name, tensor in part.cache.read(part.key(sample)).items()}
+        {name: tensor for part in plan.encodings.encoders for name, tensor in part.cache.read(part.key(sample)).items()}
         for sample in range(4)
     ]
     batch = family.collate(encoded)

@@ -13,7 +13,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.loading import build_empty, stored_layers
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.weight_store import STORES
-from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
@@ -48,11 +48,11 @@ class Step:
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
         reporter, family = SilentReporter(), load_family(plan.model.facts.name)
-        encodings = plan_encodings(plan, reporter)
+        plan = with_encodings(plan, reporter)
         self.accelerator = make_accelerator(plan)
-        fill_cache(plan, encodings, family, self.accelerator, reporter, StopRequest())
-        self.model = build_training_module(plan, encodings, family, torch.device("cpu"), reporter)
-        self.micro_batch = next(iterate_micro_batches(plan, encodings, 0))
+        fill_cache(plan, family, self.accelerator, reporter, StopRequest())
+        self.model = build_training_module(plan, family, torch.device("cpu"), reporter)
+        self.micro_batch = next(iterate_micro_batches(plan, 0))
         _settle(self.model)
 
     def gradients(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import torch
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.batches import SampleRef
-from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.encode import fill_cache
@@ -26,16 +26,16 @@ def train_setup(family, photographs, tiny_models, recipe: str):
         "output_path": "unused",
     }
     plan = make_plan(resolve(flags), SilentReporter(), base=tiny_models)
-    encodings = plan_encodings(plan, SilentReporter())
+    plan = with_encodings(plan, SilentReporter())
     accelerator = make_accelerator(plan)
-    fill_cache(plan, encodings, family, accelerator, SilentReporter(), StopRequest())
-    model = build_training_module(plan, encodings, family, accelerator.device, SilentReporter())
+    fill_cache(plan, family, accelerator, SilentReporter(), StopRequest())
+    model = build_training_module(plan, family, accelerator.device, SilentReporter())
     # LoRA starts with B = 0, which would hide the gradients of A.
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.trained().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model, encodings
+    return model, plan.encodings
 
 
 def micro_batch(encodings, samples: list[int]) -> MicroBatch:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.encode import fill_cache
@@ -125,14 +125,14 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(name, models, datasets):
     kind = KINDS[name]
     plan = plan_of(kind, models, datasets[kind.data])
     family = load_family(plan.model.facts.name)
-    encodings, accelerator = plan_encodings(plan, SilentReporter()), make_accelerator(plan)
-    fill_cache(plan, encodings, family, accelerator, SilentReporter(), StopRequest())
-    model = build_training_module(plan, encodings, family, accelerator.device, SilentReporter())
+    plan, accelerator = with_encodings(plan, SilentReporter()), make_accelerator(plan)
+    fill_cache(plan, family, accelerator, SilentReporter(), StopRequest())
+    model = build_training_module(plan, family, accelerator.device, SilentReporter())
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # LoRA starts with B = 0, which would hide the gradients of A
         for parameter in model.trained().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    micro_batch = max(iterate_micro_batches(plan, encodings, 0), key=lambda one: len(one.refs))
+    micro_batch = max(iterate_micro_batches(plan, 0), key=lambda one: len(one.refs))
     settings = [plan.data.samples.samples[ref.sample].sampling for ref in micro_batch.refs]
     assert len(settings) == 2
     losses = model(micro_batch)

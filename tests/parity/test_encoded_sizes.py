@@ -12,7 +12,7 @@ from diffsynth_core.dataset_report.thresholds import Thresholds
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=RECIPES)
-def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[RunPlan, EncodingsPlan]:
+def encoded(request: pytest.FixtureRequest, folder: Path) -> RunPlan:
     """The plan of a rehearsal with encoded samples."""
     reporter = SilentReporter()
     given = {"recipe": request.param, "device": "cpu", "cache_path": str(folder / "cache"), "dataset_num_workers": 0}
@@ -52,15 +52,15 @@ def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[RunPlan, Enco
     first = resolve(given) if "wan2.2-i2v" not in request.param else resolve(given | {"only": "high"})
     plain, base = prepare(first, reporter)
     plan = make_plan(plain, reporter, base=base)
-    encodings = plan_encodings(plan, reporter)
-    fill_cache(plan, encodings, load_family(plan.model.facts.name), make_accelerator(plan), reporter, StopRequest())
-    return plan, encodings
+    plan = with_encodings(plan, reporter)
+    fill_cache(plan, load_family(plan.model.facts.name), make_accelerator(plan), reporter, StopRequest())
+    return plan
 
 
-def made(plan: RunPlan, encodings: EncodingsPlan) -> EncodedSize:
+def made(plan: RunPlan) -> EncodedSize:
     """Return the number of elements in the cache."""
     total = EncodedSize()
-    for part in encodings.encoders:
+    for part in plan.encodings.encoders:
         for index in range(len(plan.data.samples.samples)):
             numbers = sum(tensor.numel() for tensor in part.cache.read(part.key(index)).values())
             total += EncodedSize(wide=numbers) if part.encoder.latents else EncodedSize(narrow=numbers)
@@ -68,8 +68,8 @@ def made(plan: RunPlan, encodings: EncodingsPlan) -> EncodedSize:
 
 
 def test_sizes_are_those_of_the_tensors_that_encoders_make(encoded):
-    plan, encodings = encoded
-    foretold, measured = find_workload(plan), made(plan, encodings)
+    plan = encoded
+    foretold, measured = find_workload(plan), made(plan)
     assert foretold.counted
     assert foretold.encoded.narrow == measured.narrow
     assert foretold.encoded.wide == pytest.approx(

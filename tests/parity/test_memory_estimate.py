@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsynth_core.models.loading import build_empty
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.memory import count_parameters, device_memory, disk_use, training_memory
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.optimizers import OPTIMIZERS
@@ -227,7 +227,7 @@ def split_step(recipe: str, folder: Path) -> Step:
     second = {"task": "sft:train", "dataset_base_path": encoded.folder, "max_steps": len(encoded.samples)}
     plan = plan_step(recipe, folder, **second, **split)
     step = Step(plan)
-    micro_batches = iterate_micro_batches(plan, plan_encodings(plan, SilentReporter()), 0)
+    micro_batches = iterate_micro_batches(with_encodings(plan, SilentReporter()), 0)
     step.micro_batch = max(micro_batches, key=lambda batch: max(map(_text_states, batch.encoded)))
     return step
 

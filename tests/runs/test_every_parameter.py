@@ -287,7 +287,7 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
     monkeypatch.setattr(
         loop,
         "build_training_module",
-        lambda plan, encodings, family, device, *rest: real(plan, encodings, family, torch.device("cuda"), *rest),
+        lambda plan, family, device, *rest: real(plan, family, torch.device("cuda"), *rest),
     )
     outcome = cli("train", *RECIPE, *SHORT, "--dataset_base_path", photographs, "--output_path", "out", *flags)
     assert f"internal error: Loaded: {expected}" in outcome.err

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import DiffSynthError, FaultsFound
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import EncoderPlan, plan_encodings
+from diffsynth_core.planning.encodings import plan_encodings, with_encodings
+from diffsynth_core.planning.encodings_plan import EncoderPlan
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training import loop
@@ -142,11 +143,11 @@ def test_the_chain_of_two_loras(tiny, tmp_path, trained_model):
     assert not any(torch.equal(one[name], other[name]) for name in one)
 
     plan = tiny.plan(output_path=tmp_path / "third", preset_lora_path=first, preset_lora_model="dit", seed=1)
-    encodings = plan_encodings(plan, SilentReporter())
-    batch = next(iterate_micro_batches(plan, encodings, 0))
+    plan = with_encodings(plan, SilentReporter())
+    batch = next(iterate_micro_batches(plan, 0))
     full = tiny.plan(output_path=tmp_path / "third", trainable_models="dit", seed=1)
     family = load_family(tiny.name)
-    whole = build_training_module(full, encodings, family, CPU, SilentReporter())
+    whole = build_training_module(with_encodings(full, SilentReporter()), family, CPU, SilentReporter())
     with torch.no_grad():
         untouched = whole(batch)
         put(full, whole.components["dit"], first, second)

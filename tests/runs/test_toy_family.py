@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.planning.encodings import EncodingRef, plan_encodings
+from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.encodings_plan import EncodingRef
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training import loop

@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
 from diffsynth_core.data.encoded_samples import EncodedSamples, encodings_folder
@@ -15,6 +14,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.hub.file_cache import FileCache
 from diffsynth_core.hub.identity import HASHING_THREADS, IDENTITIES, HashCache
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef, EncodingsPlan
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
 
@@ -22,56 +22,14 @@ ENTRIES = "encodings.jsonl"
 """File in the cache folder with the results of verifying encodings."""
 
 
-class EncodingRef(NamedTuple):
-    """An encoding of a sample, by index: that of one of its captions."""
-
-    sample: int
-    choice: int = 0
-
-
-@dataclass(frozen=True)
-class EncoderPlan:
-    """One encoder in a run.
-
-    Attributes:
-        online: its component trains, so its output is computed in every step. Otherwise `keys` are the cache entries
-            of the needed encodings, and `missing` those to encode, some of which exist but are `damaged`. A precompute
-            task writes into its own folder, and copies what the cache already has.
-        reads_text: it encodes each caption of a sample; others have the choice 0 alone.
-    """
-
-    encoder: EncoderFacts
-    online: bool
-    cache: EncodingCache
-    keys: Mapping[EncodingRef, str]
-    missing: tuple[EncodingRef, ...]
-    damaged: tuple[EncodingRef, ...] = ()
-    reads_text: bool = False
-
-    def key(self, sample: int, choice: int = 0) -> str:
-        """Return the cache entry of a sample with one of its captions."""
-        return self.keys[EncodingRef(sample, choice if self.reads_text else 0)]
-
-
-@dataclass(frozen=True)
-class EncodingsPlan:
-    """All encoders of a run, and the identity of each component's files (sha256 by component and file).
-
-    Versions of libraries are not part of a cache key: an update encodes nothing again.
-    """
-
-    encoders: tuple[EncoderPlan, ...]
-    identities: Mapping[str, Mapping[str, str]]
-
-    @property
-    def components_to_load(self) -> tuple[str, ...]:
-        """Frozen components that must be loaded to encode."""
-        return tuple(dict.fromkeys(part.encoder.component for part in self.encoders if part.missing))
-
-
 def hash_cache(plan: RunPlan) -> HashCache:
     """Return the cache of file hashes, in the cache folder."""
     return HashCache(plan.output.cache / IDENTITIES)
+
+
+def with_encodings(plan: RunPlan, reporter: Reporter) -> RunPlan:
+    """Return the plan with its encodings looked up, as `plan_encodings`."""
+    return replace(plan, found_encodings=plan_encodings(plan, reporter))
 
 
 def plan_encodings(plan: RunPlan, reporter: Reporter) -> EncodingsPlan:

@@ -16,6 +16,7 @@ from diffsynth_core.models.registry import unread_note
 from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
+from diffsynth_core.planning.encodings_plan import EncodingsPlan
 from diffsynth_core.planning.lora_files import find_fused_lora
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
@@ -73,6 +74,8 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
+        found_encodings: None until they are looked up when the run starts: that hashes all files of the model and the
+            dataset.
         missing: missing files, dataset or device. Such a plan can be displayed but not executed; without a dataset it
             has no samples.
         family_defaults: parameters that are at a default of this family only.
@@ -85,6 +88,7 @@ class RunPlan:
     training: Training
     output: OutputPlan
     machine: Machine
+    found_encodings: EncodingsPlan | None = None
     missing: tuple[Problem, ...] = ()
     family_defaults: tuple[str, ...] = ()
     warnings: tuple[Problem, ...] = ()
@@ -93,6 +97,17 @@ class RunPlan:
     def task(self) -> Task:
         """The task of the run."""
         return TASKS[self.parameters.task]
+
+    @property
+    def encodings(self) -> EncodingsPlan:
+        """The encodings of a run that has started.
+
+        Raises:
+            LookupError: if they have not been looked up.
+        """
+        if self.found_encodings is None:
+            raise LookupError("the encodings of this plan have not been looked up")
+        return self.found_encodings
 
 
 def make_plan(

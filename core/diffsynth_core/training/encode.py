@@ -15,7 +15,8 @@ from diffsynth_core.errors import DiffSynthError, raise_if_any
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.encodings import EncoderPlan, EncodingRef, EncodingsPlan, hash_cache
+from diffsynth_core.planning.encodings import hash_cache
+from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
@@ -81,7 +82,6 @@ class _RawSamples(Dataset[tuple[EncodingRef, dict[str, Any]]]):
 
 def fill_cache(
     plan: RunPlan,
-    encodings: EncodingsPlan,
     family: Family,
     accelerator: Accelerator,
     reporter: Reporter,
@@ -93,16 +93,16 @@ def fill_cache(
         DiffSynthError: if an image or video cannot be decoded, or an entry cannot be written.
         Interrupted: if a stop is requested; finished entries are kept.
     """
-    if plan.task.trains and encodings.components_to_load:
+    if plan.task.trains and plan.encodings.components_to_load:
         raise_if_any(folder_faults(plan.output.cache, "cache_path"))
-    for part in encodings.encoders:
+    for part in plan.encodings.encoders:
         if part.damaged:
             first = part.cache.path(part.keys[part.damaged[0]])
             reporter.warn(
                 f"{pluralize(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
                 f"{verb(len(part.damaged), 'is', 'are')} damaged and will be encoded again; the first is `{first}`"
             )
-    for component in encodings.components_to_load:
+    for component in plan.encodings.components_to_load:
         stop.raise_if_set()
         components: dict[str, Any] = load_tokenizers(
             plan, family, component
@@ -110,7 +110,7 @@ def fill_cache(
         components[component] = load_for_run(
             plan, family, component, encoder_dtype(plan.machine.mixed_precision), accelerator.device, reporter
         )
-        for part in encodings.encoders:
+        for part in plan.encodings.encoders:
             if part.encoder.component == component:
                 share = [
                     ref for ref in part.missing if ref.sample % accelerator.num_processes == accelerator.process_index

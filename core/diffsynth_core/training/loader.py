@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.data.captions import draw_choice
 from diffsynth_core.models.family import Encoded
-from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.encode import load_columns
 from diffsynth_core.training.workers import iterate
@@ -52,8 +51,8 @@ def _batch_indices(plan: RunPlan, process: int) -> Iterator[_BatchIndex]:
 class _MicroBatches(Dataset[MicroBatch]):
     """Micro-batches by index."""
 
-    def __init__(self, plan: RunPlan, encodings: EncodingsPlan) -> None:
-        self._plan, self._encodings = plan, encodings
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
 
     def __getitem__(self, index: _BatchIndex) -> MicroBatch:
         refs = self._plan.data.steps.batches.batch(index.epoch, index.number)
@@ -69,7 +68,7 @@ class _MicroBatches(Dataset[MicroBatch]):
 
     def _read(self, sample: int, choice: int) -> Encoded:
         merged: Encoded = {}
-        for part in self._encodings.encoders:
+        for part in self._plan.encodings.encoders:
             if not part.online:
                 merged.update(part.cache.read(part.key(sample, choice)))
         return merged
@@ -77,11 +76,11 @@ class _MicroBatches(Dataset[MicroBatch]):
     def _load(self, sample: int, choice: int) -> dict[str, dict[str, Any]]:
         return {
             part.encoder.name: load_columns(self._plan, part.encoder, self._plan.data.samples.samples[sample], choice)
-            for part in self._encodings.encoders
+            for part in self._plan.encodings.encoders
             if part.online
         }
 
 
-def iterate_micro_batches(plan: RunPlan, encodings: EncodingsPlan, process: int) -> Iterator[MicroBatch]:
+def iterate_micro_batches(plan: RunPlan, process: int) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one process from the plan's first step to the last."""
-    return iterate(_MicroBatches(plan, encodings), _batch_indices(plan, process), plan.parameters.dataset_num_workers)
+    return iterate(_MicroBatches(plan), _batch_indices(plan, process), plan.parameters.dataset_num_workers)

@@ -29,7 +29,7 @@ from diffsynth_core.checkpoints.state import save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
@@ -106,14 +106,14 @@ def _open_run(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
     family = load_family(plan.model.facts.name)
-    encodings = plan_encodings(plan, reporter)
-    _check_identities(plan, encodings)
-    fill_cache(plan, encodings, family, accelerator, reporter, stop)
+    plan = with_encodings(plan, reporter)
+    _check_identities(plan)
+    fill_cache(plan, family, accelerator, reporter, stop)
     stop.raise_if_set()
     engine = make_engine(accelerator, plan.parameters.max_grad_norm)
-    model = build_training_module(plan, encodings, family, accelerator.device, reporter, engine.place)
+    model = build_training_module(plan, family, accelerator.device, reporter, engine.place)
     stop.raise_if_set()
-    return Run(plan, encodings, model, accelerator, reporter, engine, observers)
+    return Run(plan, model, accelerator, reporter, engine, observers)
 
 
 def make_accelerator(plan: RunPlan) -> Accelerator:
@@ -135,14 +135,14 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
     return accelerator
 
 
-def _check_identities(plan: RunPlan, encodings: EncodingsPlan) -> None:
+def _check_identities(plan: RunPlan) -> None:
     """Check that a resumed run uses the weights it was started with."""
     record = read_record(plan.parameters.output_path)
     if record is None:
         return
     changed = [
         name
-        for name, files in encodings.identities.items()
+        for name, files in plan.encodings.identities.items()
         if sorted(files.values()) != sorted(record.components.get(name, {}).values())
     ]
     if changed:
@@ -158,14 +158,13 @@ class Run:
     def __init__(
         self,
         plan: RunPlan,
-        encodings: EncodingsPlan,
         model: TrainingModule,
         accelerator: Accelerator,
         reporter: Reporter,
         engine: Engine,
         observers: Sequence[Observer],
     ) -> None:
-        self.plan, self.encodings, self.accelerator, self.reporter = plan, encodings, accelerator, reporter
+        self.plan, self.accelerator, self.reporter = plan, accelerator, reporter
         self.folder = plan.parameters.output_path
         self.model, self.engine = model, engine
         engine.prepare(model, partial(OPTIMIZERS[plan.training.optimizer].build, plan.parameters))
@@ -209,7 +208,7 @@ class Run:
         """Fetch, forward, backward, check, step, report, save."""
         params, steps = self.plan.parameters, self.plan.data.steps
         first, total = self.plan.output.start.first_step, steps.total_steps
-        micro_batches = iterate_micro_batches(self.plan, self.encodings, self.accelerator.process_index)
+        micro_batches = iterate_micro_batches(self.plan, self.accelerator.process_index)
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
         with self.reporter.task("Training", total, "steps", done=first) as task:
@@ -380,7 +379,7 @@ class Run:
                 family=plan.model.facts.name,
                 seed=plan.parameters.seed,
                 dataset_fingerprint=plan.data.fingerprint,
-                components={name: dict(files) for name, files in self.encodings.identities.items()},
+                components={name: dict(files) for name, files in plan.encodings.identities.items()},
                 mixed_precision=plan.machine.mixed_precision,
                 micro_batches_per_step=plan.data.steps.micro_batches,
                 id=uuid4().hex,

@@ -12,7 +12,6 @@ from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
 from diffsynth_core.planning.activations import component_setup
-from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.activations import OffloadActivations
@@ -29,7 +28,6 @@ class TrainingModule(nn.Module):
     def __init__(
         self,
         plan: RunPlan,
-        encodings: EncodingsPlan,
         family: Family,
         components: Mapping[str, nn.Module],
         tokenizers: Mapping[str, Any],
@@ -40,7 +38,7 @@ class TrainingModule(nn.Module):
         self.stored_dtypes = {name: stored_dtypes(plan.model.components[name]) for name in components}
         self._family = family
         self._parameters_of_run, self._samples = plan.parameters, plan.data.samples.samples
-        self._online = tuple(part.encoder for part in encodings.encoders if part.online)
+        self._online = tuple(part.encoder for part in plan.encodings.encoders if part.online)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
 
@@ -86,7 +84,6 @@ class TrainingModule(nn.Module):
 
 def build_training_module(
     plan: RunPlan,
-    encodings: EncodingsPlan,
     family: Family,
     device: torch.device,
     reporter: Reporter,
@@ -117,4 +114,4 @@ def build_training_module(
             )
         components[name] = module
         tokenizers.update(load_tokenizers(plan, family, name))
-    return TrainingModule(plan, encodings, family, components, tokenizers)
+    return TrainingModule(plan, family, components, tokenizers)

@@ -22,7 +22,7 @@ from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.loading import module_shapes
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import encoding_components, known_origin
 from diffsynth_core.progress import Reporter, SilentReporter
@@ -46,10 +46,10 @@ def precompute(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> EncodedS
 
 def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
     folder = plan.parameters.output_path
-    encodings = plan_encodings(plan, reporter)
-    manifest = EncodedSamples(folder, _origin(plan, encodings))
+    plan = with_encodings(plan, reporter)
+    manifest = EncodedSamples(folder, _origin(plan))
     _check_same(manifest)
-    if not encodings.components_to_load:
+    if not plan.encodings.components_to_load:
         number = len(plan.data.samples.samples)
         samples = f"All {number} samples are" if number > 1 else "The sample is"
         reporter.info(f"{samples} already encoded: no encoder is loaded")
@@ -60,27 +60,27 @@ def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, sto
             leftover.unlink(missing_ok=True)
         write_encoded(manifest)
     accelerator.wait_for_everyone()
-    fill_cache(plan, encodings, load_family(plan.model.facts.name), accelerator, reporter, stop)
-    for part in encodings.encoders:
+    fill_cache(plan, load_family(plan.model.facts.name), accelerator, reporter, stop)
+    for part in plan.encodings.encoders:
         for ref, key in part.keys.items():
             if ref.sample % accelerator.num_processes == accelerator.process_index:
                 part.cache.fetch(key)
     accelerator.wait_for_everyone()
-    complete = replace(manifest, samples=tuple(_relative(plan)), files=tuple(_files(plan, encodings)))
+    complete = replace(manifest, samples=tuple(_relative(plan)), files=tuple(_files(plan)))
     if accelerator.is_main_process:
         write_encoded(complete)
     accelerator.wait_for_everyone()
     return complete
 
 
-def _origin(plan: RunPlan, encodings: EncodingsPlan) -> Origin:
+def _origin(plan: RunPlan) -> Origin:
     """Return what determines the encodings: parameters, files of encoders and dataset."""
-    keys = [[part.encoder.name, list(part.keys.values())] for part in encodings.encoders]
+    keys = [[part.encoder.name, list(part.keys.values())] for part in plan.encodings.encoders]
     made_by = encoding_components(plan.model.variant)
     return Origin(
         **known_origin(plan.parameters, plan.model.variant, plan.machine.mixed_precision, plan.data.fingerprint),
         family=plan.model.facts.name,
-        components={name: dict(files) for name, files in encodings.identities.items() if name in made_by},
+        components={name: dict(files) for name, files in plan.encodings.identities.items() if name in made_by},
         shapes=_fitting_shapes(plan),
         contents=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
     )
@@ -125,11 +125,11 @@ def _relative(plan: RunPlan) -> Iterator[Sample]:
         yield replace(sample, target=replace(sample.target, path=name))
 
 
-def _files(plan: RunPlan, encodings: EncodingsPlan) -> Iterator[dict[str, tuple[EncodedFile, ...]]]:
+def _files(plan: RunPlan) -> Iterator[dict[str, tuple[EncodedFile, ...]]]:
     """Yield the encoding files of each sample, by encoder and caption."""
     for index, sample in enumerate(plan.data.samples.samples):
         files = {}
-        for part in encodings.encoders:
+        for part in plan.encodings.encoders:
             keys = [part.key(index, choice) for choice in range(len(sample.captions) if part.reads_text else 1)]
             files[part.encoder.name] = tuple(EncodedFile(key, part.cache.path(key).stat().st_size) for key in keys)
         yield files

@@ -6,7 +6,7 @@ import pytest
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.batches import BatchPlan, SampleRef, StepPlan
-from diffsynth_core.planning.encodings import EncodingsPlan
+from diffsynth_core.planning.encodings_plan import EncodingsPlan
 from diffsynth_core.planning.output import ResumePoint
 from diffsynth_core.planning.plan import DataPlan, Machine, OutputPlan, RunPlan
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
@@ -26,11 +26,12 @@ def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: in
         training=nothing,
         output=OutputPlan(start=ResumePoint(first_step), cache=nothing),
         machine=Machine(device="cpu", mixed_precision="no", world_size=world_size),
+        found_encodings=EncodingsPlan((), {}),
     )
 
 
 def batches_of(plan: RunPlan, process: int) -> list[MicroBatch]:
-    return list(iterate_micro_batches(plan, EncodingsPlan((), {}), process))
+    return list(iterate_micro_batches(plan, process))
 
 
 def steps_of(accumulation: int, world_size: int) -> list[list[tuple[int, tuple[SampleRef, ...]]]]:
