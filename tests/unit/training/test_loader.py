@@ -1,11 +1,13 @@
 """The micro-batches of all processes: the same samples in the same steps, however they are distributed."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.batches import BatchPlan, SampleRef, StepPlan
+from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.planning.encodings_plan import EncodingsPlan
 from diffsynth_core.planning.output import ResumePoint
 from diffsynth_core.planning.plan import DataPlan, Machine, OutputPlan, RunPlan
@@ -18,11 +20,12 @@ def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: in
     """A plan with nothing to encode, without the fields that the loader does not use."""
     steps = StepPlan(BatchPlan(SHAPES, 3, 2, seed=1), accumulation * world_size, 2, None)
     nothing: Any = None
+    samples = SampleSet(tuple(SimpleNamespace(captions=("a caption",)) for _ in SHAPES), ())
     parameters = Parameters(dataset_num_workers=workers)
     return RunPlan(
         parameters=parameters,
         model=nothing,
-        data=DataPlan(samples=nothing, steps=steps, fingerprint=""),
+        data=DataPlan(samples=samples, steps=steps, fingerprint=""),
         training=nothing,
         output=OutputPlan(start=ResumePoint(first_step), cache=nothing),
         machine=Machine(device="cpu", mixed_precision="no", world_size=world_size),
