@@ -221,3 +221,18 @@ def test_a_number_that_is_none_is_an_error(toy, dataset, cell, told):
     outcome = toy(*LORA, "--extra_inputs", "speed,direction", "--max_steps", 1, "--output_path", "out")
     assert outcome.code == 1
     assert outcome.err == names("row 2", *told)
+
+
+def test_its_conditions_are_checked_before_a_run(toy, cli, dataset):
+    arguments = (
+        "dataset", "validate", dataset, "--model_id_with_origin_paths", ",".join(ENTRIES), *CONTROLLED[:3],
+        "video,control_video,control_mask", "--height", SIZE, "--width", SIZE, "--num_frames", 9, "--format", "json",
+    )  # fmt: skip
+    fine = cli(*arguments, "--workers", 1)
+    assert fine.code == 0, [one for one in json.loads(fine.out)["findings"] if one["level"] == "error"]
+    assert {finding["code"] for finding in json.loads(fine.out)["findings"] if finding["level"] == "error"} == set()
+    (dataset / "b_lines.mkv").write_bytes(b"nothing")
+    (dataset / "c_mask.png").unlink()
+    broken = cli(*arguments, "--workers", 1)
+    found = {(one["code"], one["path"]) for one in json.loads(broken.out)["findings"] if one["level"] == "error"}
+    assert broken.code == 1 and {path for _, path in found} == {"b_lines.mkv", "c_mask.png"}, found

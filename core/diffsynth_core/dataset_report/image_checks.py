@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffsynth_core.data.findings import Finding, finding
 from diffsynth_core.data.formats import ending_of, format_of_ending
-from diffsynth_core.data.images import EXTRACT_FRAME, ImageHeader
+from diffsynth_core.data.images import EXTRACT_FRAME
 from diffsynth_core.data.media import MediaCrop, MediaHeader, choose_reference, choose_target, scale_of
 from diffsynth_core.data.samples import LOW_RESOLUTION_HINT
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
@@ -102,8 +102,9 @@ def check_references(dataset: DatasetFacts) -> Iterator[Finding]:
                 if header is None or (condition.name, name) in seen:
                     continue
                 seen.add((condition.name, name))
-                size = ImageHeader(header.width, header.height, header.rotated, header.transparent)
-                crop = choose_reference(Path(name), size, condition, targets[row], dataset.rules.media.size.max_pixels)
+                crop = choose_reference(
+                    Path(name), header, condition, targets[row], dataset.rules.media.size.max_pixels
+                )
                 if min(crop.height, crop.width) == 0:
                     what = f"`{name}` is {header.width} x {header.height} pixels, too small or too narrow for a reference image"
                     yield finding("IMAGE_TOO_SMALL", what, "replace the file or remove its row", row=row, path=name)

@@ -12,7 +12,6 @@ from pathlib import Path
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.findings import Finding, finding
-from diffsynth_core.data.images import ImageHeader
 from diffsynth_core.data.media import MediaCrop, MediaHeader, choose_reference, choose_target, scale_of
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.rules import Rules
@@ -95,10 +94,9 @@ def shapes_of(dataset: DatasetFacts) -> dict[int, Shown]:
 
 def _shown(dataset: DatasetFacts, name: str, condition: Condition, target: MediaCrop) -> MediaCrop | None:
     """Return the crop of a condition for `target`; None if there is none."""
-    image = dataset.images.get(name)
-    if image is None or image.fault:
+    header = header_of(dataset, name)
+    if header is None:
         return None
-    header = ImageHeader(image.width, image.height, image.orientation != 1, image.transparent)
     crop = choose_reference(Path(name), header, condition, target, dataset.rules.media.size.max_pixels)
     return crop if min(crop.height, crop.width) > 0 else None
 

@@ -109,15 +109,16 @@ def _decode(dataset: DatasetFacts, options: CheckOptions, reporter: Reporter) ->
 
 
 def _kinds(dataset: DatasetFacts) -> dict[str, Kind]:
-    """What each file is read as, in the order of the rows: a clip where clips are trained on, unless it is an image."""
+    """What each file is read as, in the order of the rows: a clip where clips are read, unless it is an image."""
     kinds: dict[str, Kind] = {}
-    moving = dataset.rules.media.frames is not None or dataset.rows.columns.target == "video"
+    columns = dataset.rows.columns
+    moving = dataset.rules.media.frames is not None or columns.target == "video"
+    clips = columns.clips | {columns.target} if moving else columns.clips
     for record in dataset.rows.records:
         for column, names in record.files.items():
             for name in names:
                 if name in dataset.rows.present:
-                    target = moving and column == dataset.rows.columns.target
-                    kinds.setdefault(name, "video" if target else "image")
+                    kinds.setdefault(name, "video" if column in clips else "image")
     return kinds
 
 
