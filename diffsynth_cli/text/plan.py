@@ -207,7 +207,7 @@ def _kinds(modules: Sequence[str]) -> str:
 def _part(plan: RunPlan, component: str) -> str:
     parts = []
     if component in plan.model.stored:
-        parts.append(_kept_in_float8(plan.model.stored[component]))
+        parts.append(_stored(plan.model.stored[component], plan.model.components[component].storage))
     elif has_scales(plan, component):
         parts.append("upcast from scaled 8-bit floats when loaded")
     if plan.model.fused_lora and component == plan.model.fused_lora.component:
@@ -223,10 +223,10 @@ def _part(plan: RunPlan, component: str) -> str:
     return f", {' and '.join(parts)}" if parts else ""
 
 
-def _kept_in_float8(share: float | None) -> str:
+def _stored(share: float | None, storage: str) -> str:
     if share is None:
-        return "weights stored in float8 (share unknown without its files)"
-    return f"{share:.0%} of its weights stored in float8" if share else "no weights that can be stored in float8"
+        return f"weights stored in {storage} (share unknown without its files)"
+    return f"{share:.0%} of its weights stored in {storage}" if share else f"no weights that can be stored in {storage}"
 
 
 def list_sizes(sizes: Counter[tuple[int, int, int]]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 MediaSize = tuple[int, int, int]
 """(frames, height, width) in pixels."""
 
-BYTES = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes per element, by dtype."""
 
 Side = tuple[str, int]
