@@ -15,10 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.models.loading import build_empty
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.memory import count_parameters, device_memory, disk_use, training_memory
+from diffsynth_core.planning.memory import count_parameters, device_memory, disk_use, training_memory, unknown_parts
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
@@ -52,7 +53,7 @@ CASES = [
     if name not in FURTHER_KINDS or (kind, size, precision) == ("lora", "160 x 128", "no")
 ]
 TABLE = Path(__file__).parents[2] / "docs" / "memory.md"
-BLOCK = re.compile(r"(.*\.)?(single_)?(transformer_)?blocks\.\d+")
+BLOCK = re.compile(r"(.*\.)?((single_)?(transformer_)?blocks?|layers)\.\d+")
 
 
 class Saved:
@@ -136,9 +137,9 @@ def measure(step: Step, plan: RunPlan) -> dict[str, int]:
     adapters = sum(weight.nbytes for name, weight in named.items() if ".lora_" in name)
     optimizer_bytes = sum(value.nbytes for value in state)
     step.model.zero_grad(set_to_none=True)
-    load_family(plan.model.facts.name).checkpoint_gradients(
-        plan.model.facts.denoiser, step.model.components[plan.model.facts.denoiser]
-    )
+    family = load_family(plan.model.facts.name)
+    for name, component in step.model.components.items():
+        family.checkpoint_gradients(name, component)
     recomputed, losses = measure_kept(step)
     losses.sum().backward()
     return {
@@ -155,7 +156,7 @@ def estimate(plan: RunPlan, step: Step) -> dict[str, int]:
     """The same parts from sizes alone; of the texts only how many tokens they are."""
     micro_batch = step.micro_batch
     sample = plan.data.samples.samples[micro_batch.refs[0].sample]
-    tokens = max(len(encoded["prompt_embeds"]) for encoded in micro_batch.encoded)
+    tokens = max(_text_states(encoded) for encoded in texts_of(step))
     sizes = replace(sizes_of_sample(plan, sample, 0), batch=len(micro_batch.encoded), text_tokens=tokens)
     config = memory_config(plan, sizes)
     kept, recomputed = (training_memory(plan, replace(config, recompute=way)) for way in (False, True))
@@ -167,6 +168,17 @@ def estimate(plan: RunPlan, step: Step) -> dict[str, int]:
         "activations": kept.activations,
         "activations recomputed": recomputed.activations,
     }
+
+
+def texts_of(step: Step) -> list[Mapping[str, Tensor]]:
+    """Encodings of the captions of a micro-batch, those of encoders in training too."""
+    model, batch = step.model, step.micro_batch
+    made = [
+        model._family.encode(encoder, model._known(), raw[encoder.name])
+        for encoder in model._online
+        for raw in batch.raw
+    ]
+    return [encoded for encoded in (*batch.encoded, *made) if "prompt_embeds" in encoded]
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +208,8 @@ keeps while it is recomputed. Written by `WRITE_MEMORY_TABLE=1 pytest tests/pari
 
 On GPUs, autocast computes norms in float32 and attention uses its own kernels. That part of the estimate follows PyTorch's
 lists of operations and has not been measured. Kernel workspace and driver overhead are not included.
+
+ControlNets and text encoders in training are compared by the same tests, within 10 %.
 
 | model | trained | size | precision | part | measured | estimated | off |
 |---|---|---|---|---|---|---|---|""".splitlines()
@@ -246,6 +260,41 @@ def test_the_estimate_of_a_second_half_is_what_a_step_on_encoded_samples_takes(n
     assert sum(told.training.weights.values()) == pytest.approx(measured["weights"], rel=WITHIN)
     for part in parts:
         assert getattr(told.training, part) == pytest.approx(measured[part], rel=WITHIN), part
+
+
+CONTROLNETS = {
+    "qwen-image": "InstantX/Qwen-Image-ControlNet-Union:diffusion_pytorch_model.safetensors",
+    "flux": "jasperai/Flux.1-dev-Controlnet-Upscaler:diffusion_pytorch_model.safetensors",
+}
+CONTROLLED = {"extra_inputs": ["controlnet_image"], "data_file_keys": ["image", "controlnet_image"]}
+TEXT_ENCODERS = {
+    "qwen-image": ["text_encoder"],
+    "wan": ["text_encoder"],
+    "flux": ["text_encoder_1", "text_encoder_2"],
+}
+"""That of FLUX.2 is not measured, and the plan says so."""
+
+
+@pytest.mark.parametrize("lora", [None, "dit"])
+@pytest.mark.parametrize("name", CONTROLNETS)
+def test_the_estimate_of_a_controlnet_in_training_is_what_a_step_takes(name, lora, folder):
+    recipe = RECIPES[name].format("lora")
+    entries = resolve_stages({"recipe": recipe})[0].parameters.model_id_with_origin_paths
+    models = {"model_id_with_origin_paths": [*entries, CONTROLNETS[name]], "trainable_models": ["controlnet"]}
+    check_estimate(recipe, folder, lora_base_model=lora, align_to_opensource_format=False, **models, **CONTROLLED)
+
+
+@pytest.mark.parametrize("name", TEXT_ENCODERS)
+def test_the_estimate_of_text_encoders_in_training_is_what_a_step_takes(name, folder):
+    check_estimate(RECIPES[name].format("lora"), folder, trainable_models=TEXT_ENCODERS[name])
+
+
+def check_estimate(recipe: str, folder: Path, **given: object) -> None:
+    plan = plan_step(recipe, folder, use_gradient_checkpointing=False, **SIZES["160 x 128"], **given)
+    assert not [part for part in unknown_parts(plan) if "activations" in part]
+    step = Step(plan)
+    estimated, measured = estimate(plan, step), measure(step, plan)
+    assert estimated == {part: pytest.approx(found, rel=WITHIN) for part, found in measured.items()}
 
 
 def _text_states(encoded: Mapping[str, Tensor]) -> int:
