@@ -150,7 +150,7 @@ def test_a_recipe_given_as_a_file(refuse):
         ("extends: qwen-image-lorra", names("{path}", "qwen-image-lorra", "not a recipe"), names("qwen-image-lora")),
         ("extends: ./zzz.yaml", names("{path}", "./zzz.yaml", "not a recipe"), RECIPES_LISTED),
         ("# nothing yet", names("{path}", "is empty"), names("parameters:")),
-        ("family: qwen-imag", names("unknown family", "qwen-imag"), names("qwen-image")),
+        ("family: qwen-imag", names("unknown family", "qwen-imag", "{path}"), names("qwen-image")),
         ("parameters:\n  resume: auto", names("resume", "{path}", "single command"), "pass it as a flag"),
     ],
 )

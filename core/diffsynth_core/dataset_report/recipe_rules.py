@@ -37,7 +37,7 @@ def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
         facts = FAMILIES[resolved.family]
         variant = facts.variant({}, parameters.extra_inputs, "")
     else:
-        unknown = [unknown_family(resolved.family)] if resolved.family else []
+        unknown = [unknown_family(resolved.family, parameters.config)] if resolved.family else []
         raise_if_any([*unknown, *_without_family(resolved)])
         return general_rules(parameters, thresholds)
     raise_if_any(setting_problems(parameters, variant))

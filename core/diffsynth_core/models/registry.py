@@ -1,6 +1,7 @@
 """Table of the families."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffsynth_core.config.choices import LoraFormat
@@ -37,11 +38,12 @@ def all_later_inputs() -> dict[str, None]:
     return dict.fromkeys(name for facts in FAMILIES.values() for name in facts.later_inputs)
 
 
-def unknown_family(name: str) -> Problem:
-    """Return the problem of an unknown family, with the closest name as the hint."""
+def unknown_family(name: str, config: Path | None = None) -> Problem:
+    """Return the problem of an unknown family, with the closest name as the hint; `config`: the file that names it."""
     near = suggest(name, FAMILIES)
     hint = f"did you mean `{near}`?" if near else f"known: {', '.join(FAMILIES)}"
-    return Problem(f"unknown family `{name}`", hint, wrong_use=True)
+    where = f" (`{config}`)" if config else ""
+    return Problem(f"unknown family `{name}`{where}", hint, wrong_use=True)
 
 
 def load_family(name: str) -> "Family":

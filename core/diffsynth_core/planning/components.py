@@ -73,7 +73,7 @@ def find_components(
     report(*files.problems)
     report_missing(*files.missing)
     parts, complete = files.parts, files.complete
-    facts = find_family(family, parts, complete) or (None if complete else family_named(entries))
+    facts = find_family(family, parts, complete, parameters.config) or (None if complete else family_named(entries))
     if facts is None:
         return None
     assigned = assign_files(parts, facts, parameters)

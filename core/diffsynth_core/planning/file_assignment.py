@@ -64,13 +64,14 @@ def find_family(
     family: str | None,
     parts: Sequence[FoundPart],
     complete: bool,
+    config: Path | None,
 ) -> FamilyFacts | None:
-    """Return the requested family, or that of the transformer, which may be in a missing file set (if not
-    `complete`).
+    """Return the family that `config` or a recipe names, or that of the transformer, which may be in a missing file
+    set (if not `complete`).
     """
     if family:
         if family not in FAMILIES:
-            report(unknown_family(family))
+            report(unknown_family(family, config))
         return FAMILIES.get(family)
     repositories = (split_entry(found.file_set.origin) for found in parts)
     facts = family_of_files([found.names for found in parts], [place[0] if place else None for place in repositories])

@@ -35,7 +35,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
         named = named_models(parameters)
         facts = family_of(resolved, named)
         if facts is None and resolved.family:
-            unknown = unknown_family(resolved.family)
+            unknown = unknown_family(resolved.family, parameters.config)
             return replace(resolved, problems=(*resolved.problems, unknown), incomplete=True), folder
         if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
             return resolved, folder  # planning reports why
