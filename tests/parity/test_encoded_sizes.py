@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=RECIPES)
-def encoded(request: pytest.FixtureRequest, folder: Path) -> RunPlan:
+def plan(request: pytest.FixtureRequest, folder: Path) -> RunPlan:
     """The plan of a rehearsal with encoded samples."""
     reporter = SilentReporter()
     given = {"recipe": request.param, "device": "cpu", "cache_path": str(folder / "cache"), "dataset_num_workers": 0}
@@ -67,8 +67,7 @@ def made(plan: RunPlan) -> EncodedSize:
     return total
 
 
-def test_sizes_are_those_of_the_tensors_that_encoders_make(encoded):
-    plan = encoded
+def test_sizes_are_those_of_the_tensors_that_encoders_make(plan):
     foretold, measured = find_workload(plan), made(plan)
     assert foretold.counted
     assert foretold.encoded.narrow == measured.narrow
@@ -77,8 +76,7 @@ def test_sizes_are_those_of_the_tensors_that_encoders_make(encoded):
     )
 
 
-def test_the_report_of_the_dataset_foretells_the_same(encoded):
-    plan, _ = encoded
+def test_the_report_of_the_dataset_foretells_the_same(plan):
     parameters = plan.parameters
     rules = rules_of(parameters, plan.model.facts, plan.model.variant, Thresholds(), "a recipe")
     (caption,) = (encoder.caption for encoder in plan.model.variant.encoders if encoder.caption)
