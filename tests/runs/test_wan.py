@@ -57,7 +57,7 @@ def same_tensors(left: str, right: str) -> bool:
 def test_a_lora_has_the_documented_keys(train):
     outcome = train(*entries(T2V), *LORA, "--output_path", "out")
     assert "2 of 96 x 64 x 9 frames, 1 of 96 x 64 x 5 frames, 1 of 96 x 64" in outcome.err
-    assert "1 of which are cut to 4n + 1: row 3 from 7 to 5" in outcome.err
+    assert "1 of which is cut to 4n + 1: row 3 from 7 to 5" in outcome.err
     tensors = load_file("out/epoch-0.safetensors")
     modules = [f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
     assert tensors.keys() == {
