@@ -315,3 +315,9 @@ def test_modules_passed_over_are_told(cli, dataset):
     outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
     assert outcome.out == names("no LoRA", "1 module", "transformer_blocks.1.attn.to_q")
     assert "no LoRA on" not in cli(*arguments).out
+
+
+def test_a_rehearsal_keeps_a_component_without_a_file_a_problem(cli):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--dry_run", "--preset_lora_model", "dit")
+    assert outcome.code == 2
+    assert "`preset_lora_model`" in outcome.err and "`preset_lora_path`" in outcome.err

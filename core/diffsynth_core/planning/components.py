@@ -41,10 +41,7 @@ from diffsynth_core.progress import pluralize
 
 
 def find_components(
-    parameters: Parameters,
-    family: str | None,
-    base: Path,
-    encoded: EncodedSamples | None = None,
+    parameters: Parameters, family: str | None, base: Path, encoded: EncodedSamples | None = None
 ) -> ModelPlan | None:
     """Recognize the components in the files of the model parameters.
 

@@ -46,12 +46,15 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
             what = f"the synthetic dataset of a rehearsal has no columns {', '.join(columns)}, which `{parameters.task}` requires"
             report(Problem(what, "pass a dataset that has them as `--dataset_base_path`", wrong_use=True))
         incomplete = bool(problems)
-        for name, setting in SETTINGS.items():
-            if setting.rehearsal == "removed" and getattr(parameters, name):
-                changes[name] = None
-                if setting.type_name == "path":
-                    what = f"`{name}` requires the real weights and cannot be rehearsed"
-                    report(Problem(what, "remove it for the rehearsal", wrong_use=True))
+        about_files = [setting for setting in SETTINGS.values() if setting.rehearsal == "removed"]
+        given = [
+            setting.name for setting in about_files if setting.type_name == "path" and getattr(parameters, setting.name)
+        ]
+        for name in given:
+            what = f"`{name}` requires the real weights and cannot be rehearsed"
+            report(Problem(what, "remove it for the rehearsal", wrong_use=True))
+        if given:  # without a file, planning says that the others lack it
+            changes |= {setting.name: None for setting in about_files}
     if parameters.max_steps is None:
         changes["max_steps"] = SETTINGS["max_steps"].rehearsal_limit
     variant = variant_of(named, facts, parameters.extra_inputs)
