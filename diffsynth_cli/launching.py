@@ -22,7 +22,7 @@ from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
 from diffsynth_core.planning.device import sharded_launch
 from diffsynth_core.progress import pluralize, verb
-from diffsynth_core.training.stop import FINISHING
+from diffsynth_core.stop import FINISHING
 
 LAUNCHER = (sys.executable, "-m", "diffsynth_cli.launcher")
 """Command of the process that starts accelerate's launcher."""

@@ -130,7 +130,7 @@ def _echo(line: str) -> None:
 
 
 def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -> int:
-    from diffsynth_core.training.stop import listen_for_stop
+    from diffsynth_core.stop import listen_for_stop
 
     # The process that downloads reports it, whichever rank it has.
     messages = ConsoleReporter() if reporter.quiet else reporter
@@ -167,7 +167,7 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
 
 
 def _rehearse(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -> int:
-    from diffsynth_core.training.stop import listen_for_stop
+    from diffsynth_core.stop import listen_for_stop
 
     world_size = session.world_size
     if world_size > launching.world_size():

@@ -19,12 +19,14 @@ from diffsynth_core.data.conditions import Condition, TargetSpec, ValueCondition
 from diffsynth_core.models.configs import read_config
 from diffsynth_core.models.family import Encoded, Encoder, Family
 from diffsynth_core.models.patches import blank_latents, stack_samples
+from diffsynth_core.models.schedulers import unipc
 from diffsynth_core.models.size_facts import EmbeddingSpec, LatentFacts, StepSizes
 from diffsynth_core.models.spec import (
     ComponentFacts,
     EncoderFacts,
     FamilyFacts,
     Layout,
+    SamplingFacts,
     ShapeConstraint,
     Shapes,
     Variant,
@@ -62,6 +64,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         components=("dit", "text_encoder", "vae"),
         encoders=(TEXT, LATENTS, *(encoder for _, encoder in chosen), *((moved,) if values else ())),
         target=TargetSpec("video", "video", size_factor=FACTOR, usual_pixels=32 * 32),
+        sampling=SamplingFacts(steps=4, cfg_scale=2.0, height=32, width=32, num_frames=5, fps=8),
         conditions=tuple(condition for condition, _ in chosen),
         values=tuple(values),
         accepted_inputs=(*OF_CONDITIONS, "speed", "direction"),
@@ -215,6 +218,9 @@ class Toy(Family):
         mask = batch.get("mask", torch.zeros_like(noisy[:, :1])).expand_as(noisy[:, :1])
         text = batch["prompt_embeds"] + batch.get("motion", 0)
         return components["dit"](torch.cat([noisy, control, mask], dim=1), sigma, text)
+
+    def scheduler(self, variant: Variant, steps: int, shape: Sequence[int]) -> Any:
+        return unipc(steps, 1.0)
 
     def decode(self, components, latents: Tensor) -> Tensor:
         return components["vae"].grow(latents).clamp(-1, 1)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
     from diffsynth_core.planning.plan import RunPlan
     from diffsynth_core.rehearsal.rehearse import Rehearsal
-    from diffsynth_core.training.stop import StopRequest
+    from diffsynth_core.stop import StopRequest
 
 Plans = Mapping[str | None, "RunPlan"]
 """Stage name (None without stages) -> its plan, in the order of execution."""
@@ -167,7 +167,7 @@ class Session:
             FaultsFound: as `plan` and `check_disk`.
             Interrupted: after a stop; the state has been saved.
         """
-        from diffsynth_core.training.stop import StopRequest
+        from diffsynth_core.stop import StopRequest
 
         plans = self.plan() if plans is None else plans
         self.check_disk(plans)
@@ -199,7 +199,7 @@ class Session:
             Interrupted: after a stop.
         """
         from diffsynth_core.rehearsal.rehearse import how_to_repeat, rehearse
-        from diffsynth_core.training.stop import StopRequest
+        from diffsynth_core.stop import StopRequest
 
         stop = StopRequest() if stop is None else stop  # one that nobody has set is false
         if len(self.stages) > 1:  # each is planned again, with its messages, before it starts

@@ -11,8 +11,8 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.encoded_samples import EncodedSamples, read_encoded, write_encoded
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.precompute import precompute
-from diffsynth_core.training.stop import StopRequest
 from tests.conftest import ENTRIES
 from tests.naming import names
 from tests.wan import T2V, entries

@@ -17,11 +17,11 @@ from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.model import TrainingModule, build_training_module
-from diffsynth_core.training.stop import StopRequest
 
 RECIPES = {
     "qwen-image": "qwen-image-lora",

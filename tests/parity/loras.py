@@ -11,8 +11,8 @@ from diffsynth_core.adapters.lora import LoraWeights, add_lora, load_lora
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train
-from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.weights.key_maps import KeyMap
 from diffsynth_core.weights.lora_formats import LoraNaming
 from tests.loras import RANK

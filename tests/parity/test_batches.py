@@ -8,11 +8,11 @@ from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.model import build_training_module
-from diffsynth_core.training.stop import StopRequest
 
 TOLERANCE = 1e-5
 

@@ -14,11 +14,11 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.model import build_training_module
-from diffsynth_core.training.stop import StopRequest
 from tests.kinds import KINDS, Kind, entries_of, inputs_of, lora, write_datasets, write_models
 from tests.parity.conftest import SCHEDULER
 

@@ -17,9 +17,9 @@ from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loop import make_accelerator
-from diffsynth_core.training.stop import StopRequest
 
 RECIPES = (
     "qwen-image-lora",

@@ -16,8 +16,8 @@ from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train
-from diffsynth_core.training.stop import StopRequest
 from tests.loras import FORMATS, RANK, TinyFamily, random_lora, save_lora
 
 SPELLINGS: Mapping[str, Callable[[str], str]] = {

@@ -20,8 +20,8 @@ from diffsynth_core.errors import Problem, collect_problems
 from diffsynth_core.planning.output import ResumePoint, check_output
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train
-from diffsynth_core.training.stop import StopRequest
 
 FLAGS = {
     "recipe": "qwen-image-lora", "dataset_num_workers": "0", "dataset_repeat": "2", "num_epochs": "1", "lora_rank": "2",

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.engine import Engine, ReplicatedEngine
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.observers import Observer, StepReport
-from diffsynth_core.training.stop import StopRequest
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from diffsynth_core.planning.encodings import plan_encodings, with_encodings
 from diffsynth_core.planning.encodings_plan import EncoderPlan
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.model import build_training_module
-from diffsynth_core.training.stop import StopRequest
 from tests.loras import FORMATS, RANK, TinyFamily, random_lora, save_lora
 
 CPU = torch.device("cpu")

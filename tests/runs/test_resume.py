@@ -73,8 +73,8 @@ def _run_in_pieces(common: tuple[object, ...], folder: Path) -> None:
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.config.resolve import resolve
     from diffsynth_core.planning.plan import make_plan
+    from diffsynth_core.stop import StopRequest
     from diffsynth_core.training.loop import train
-    from diffsynth_core.training.stop import StopRequest
 
     words = [str(word) for word in common[1:]]
     flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)} | {

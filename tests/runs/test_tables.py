@@ -17,11 +17,11 @@ from diffsynth_core.planning.optimizers import OPTIMIZERS, OptimizerSpec
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.losses import LOSSES
 from diffsynth_core.training.objective import timestep_weights
 from diffsynth_core.training.schedules import SCHEDULES
-from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.timesteps import TIMESTEPS
 
 

@@ -17,9 +17,9 @@ from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.encodings_plan import EncodingRef
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop
 from diffsynth_core.training.precompute import precompute
-from diffsynth_core.training.stop import StopRequest
 from tests.clips import detailed, write_clip
 from tests.naming import names
 from tests.toy_family import CHANNELS, ENTRIES, FACTOR, MODEL_ID, PLACES, TOY, Toy

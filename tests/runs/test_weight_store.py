@@ -17,8 +17,8 @@ from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop
-from diffsynth_core.training.stop import StopRequest
 
 LAYER = "transformer_blocks.0.attn.to_k"
 

@@ -4,8 +4,9 @@ A ControlNet reads the inputs of the transformer and the latents of a control im
 added after the transformer's blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.models.spec import Variant
@@ -16,6 +17,8 @@ CONTROLNET_IMAGE = "controlnet_image"
 """Extra input and metadata column of the control image."""
 CONTROL_LATENTS = "controlnet_latents"
 """Name of its latents, and of their encoder."""
+OF_CONTROLNET = "{}_of_controlnet"
+"""Name of an encoding that a ControlNet reads instead of the one that the transformer reads."""
 FILE_PATTERNS = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
 """Paths of ControlNets in repositories: a folder, or a repository with ControlNet in its name."""
 
@@ -41,6 +44,21 @@ def with_controlnet(variant: Variant, extra_unused: Callable[[frozenset[str]], f
         step_components=(CONTROLNET,),
         extra_unused={CONTROLNET: extra_unused},
     )
+
+
+def with_negative_prompt(positive: Mapping[str, Any], negative: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the encodings of a sample with the negative prompt, of which a ControlNet still reads the prompt.
+
+    So the transformer reads the same outputs of the ControlNet with both prompts, as in `QwenImageControlNetPipeline`
+    and `FluxControlNetPipeline`.
+    """
+    kept = {OF_CONTROLNET.format(name): positive[name] for name in negative} if CONTROL_LATENTS in positive else {}
+    return {**positive, **negative, **kept}
+
+
+def read_by_controlnet(batch: Mapping[str, Any], name: str) -> Any:
+    """Return the encoding of a name that the ControlNet reads."""
+    return batch.get(OF_CONTROLNET.format(name), batch[name])
 
 
 def count_added(outputs: int, blocks: int) -> int:

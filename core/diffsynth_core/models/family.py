@@ -110,6 +110,31 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def scheduler(self, variant: Variant, steps: int, shape: Sequence[int]) -> Any:
+        """Return the published sampler, a scheduler of diffusers, with its timesteps set as in the model's pipeline.
+
+        Args:
+            shape: of the latents, `[B, C, F, h, w]`: the number of tokens may shift the sigmas.
+        """
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Return the velocity with classifier-free guidance, from those of the two prompts, `[B, C, F, h, w]` float32.
+
+        negative + scale (positive - negative), equation 6 of https://arxiv.org/abs/2207.12598 with another origin of
+        the scale.
+        """
+        return negative + scale * (positive - negative)
+
+    def negative_encoding(self, positive: Encoded, negative: Encoded) -> Encoded:
+        """Return the encodings of a sample with the negative prompt.
+
+        Args:
+            positive: of the sample with its prompt.
+            negative: by those encoders that read the prompt, of the negative one.
+        """
+        return {**positive, **negative}
+
+    @abstractmethod
     def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
         """Return the images or clips of latents as `collate` batches them, the inverse of the target's encoder.
 

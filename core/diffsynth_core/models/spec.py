@@ -165,6 +165,33 @@ class EncoderFacts:
     reads_values: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingFacts:
+    """Documented defaults for generating with a model, and what its sampler depends on.
+
+    Attributes:
+        cfg_scale: scale of classifier-free guidance; 1: none.
+        height, width: in pixels.
+        fps: frames per second of a clip; 0 for images.
+        guidance: input of the guidance embedder of a guidance-distilled model; None: it has none.
+        shift: shift of the sampler's sigmas; None: by the number of tokens.
+        boundary: sigma below which the second denoiser takes over, for models with two; None: they have one.
+        second_cfg_scale: scale of classifier-free guidance of the second denoiser; None: that of the first.
+    """
+
+    steps: int
+    cfg_scale: float
+    height: int
+    width: int
+    num_frames: int = 1
+    fps: int = 0
+    negative_prompt: str = ""
+    guidance: float | None = None
+    shift: float | None = None
+    boundary: float | None = None
+    second_cfg_scale: float | None = None
+
+
 @dataclass(frozen=True)
 class Variant:
     """What one kind of model of a family requires.
@@ -172,6 +199,7 @@ class Variant:
     Attributes:
         model_id: a published model of this variant.
         components: required components.
+        sampling: documented defaults for generating.
         conditions: inputs with files besides caption and target; each of their columns is a requested extra input.
         values: inputs that are numbers or texts, likewise.
         step_components: components besides the denoiser that run in every training step, whether they train or not.
@@ -187,6 +215,7 @@ class Variant:
     components: tuple[str, ...]
     encoders: tuple[EncoderFacts, ...]
     target: TargetSpec
+    sampling: SamplingFacts
     conditions: tuple[Condition, ...] = ()
     values: tuple[ValueCondition, ...] = ()
     step_components: tuple[str, ...] = ()

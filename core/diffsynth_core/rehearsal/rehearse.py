@@ -18,8 +18,8 @@ from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.rehearsal.proofs import prove_checkpoint
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import RunResult, train
-from diffsynth_core.training.stop import StopRequest
 
 
 @dataclass(frozen=True)

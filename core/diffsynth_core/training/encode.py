@@ -20,8 +20,8 @@ from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loading import load_for_run
-from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate
 
 

@@ -33,6 +33,7 @@ from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.checkpointing import write_checkpoint
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.engine import Engine, ReplicatedEngine
@@ -40,7 +41,6 @@ from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
 from diffsynth_core.training.schedules import learning_rate
-from diffsynth_core.training.stop import StopRequest
 
 MakeEngine = Callable[[Accelerator, float | None], Engine]
 """Creates the engine of a run, which clips the gradient norm if there is a limit."""

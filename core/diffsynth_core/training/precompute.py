@@ -26,9 +26,9 @@ from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import encoding_components, known_origin
 from diffsynth_core.progress import Reporter, SilentReporter
+from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loop import make_accelerator
-from diffsynth_core.training.stop import StopRequest
 
 
 def precompute(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
-from diffsynth_core.models import control
+from diffsynth_core.models import control, schedulers
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.flux import components as building
 from diffsynth_core.models.flux import encode, forward
 from diffsynth_core.models.flux import tiny as rehearsal
+from diffsynth_core.models.flux.sampling import SCHEDULER
 from diffsynth_core.models.flux.spec import FLUX
 from diffsynth_core.models.patches import stack_samples
 from diffsynth_core.models.size_facts import StepSizes
@@ -44,6 +45,13 @@ class Flux(Family):
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return forward.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
+
+    def scheduler(self, variant: Variant, steps: int, shape: Sequence[int]) -> Any:
+        *_, height, width = shape
+        return schedulers.euler(SCHEDULER, steps, schedulers.token_shift(height // 2 * (width // 2), SCHEDULER))
+
+    def negative_encoding(self, positive: Encoded, negative: Encoded) -> Encoded:
+        return control.with_negative_prompt(positive, negative)
 
     def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
         return encode.decode(components["vae"], latents)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
-from diffsynth_core.models.control import CONTROL_LATENTS
+from diffsynth_core.models.control import CONTROL_LATENTS, read_by_controlnet
 from diffsynth_core.models.flux.captions import T5_TOKENS
 from diffsynth_core.models.flux.encode import KONTEXT_LATENTS
 from diffsynth_core.models.patches import blank_latents, numbered, pack, unpack
@@ -75,7 +75,7 @@ def predict_velocity(
         sigma: `[B]` float32; the transformer itself rounds it to its compute dtype.
         batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference image
             `kontext_latents_<n>` `[B, 16, 1, h, w]` with its own h and w. `controlnet_latents` have the size of
-            `noisy`.
+            `noisy`. `guidance` `[B]`, if it is not that of training.
 
     Returns:
         `[B, 16, 1, h, w]`.
@@ -89,7 +89,7 @@ def predict_velocity(
     given = {
         "hidden_states": states,
         "timestep": sigma,
-        "guidance": torch.full_like(sigma, GUIDANCE),
+        "guidance": batch["guidance"] if "guidance" in batch else torch.full_like(sigma, GUIDANCE),
         "pooled_projections": batch["pooled_prompt_embeds"],
         "encoder_hidden_states": text,
         "txt_ids": torch.zeros(text.shape[1], 3, device=text.device),
@@ -98,7 +98,12 @@ def predict_velocity(
     }
     added, added_single = None, None
     if controlnet is not None:
-        inputs = given if controlnet.config.guidance_embeds else {**given, "guidance": None}
+        inputs = {
+            **given,
+            "guidance": given["guidance"] if controlnet.config.guidance_embeds else None,
+            "pooled_projections": read_by_controlnet(batch, "pooled_prompt_embeds"),
+            "encoder_hidden_states": read_by_controlnet(batch, "prompt_embeds"),
+        }
         followed = pack(batch[CONTROL_LATENTS]).to(controlnet.dtype)
         added, added_single = controlnet(controlnet_cond=followed, **_states_as(inputs, controlnet))
     (prediction,) = transformer(

@@ -8,7 +8,7 @@ from functools import partial
 from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.control import CONTROL_IMAGE, CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS, with_controlnet
-from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux import keys, sampling
 from diffsynth_core.models.flux.captions import POOLED, TEXT
 from diffsynth_core.models.flux.sizes import PUBLISHED
 from diffsynth_core.models.shapes import count_blocks
@@ -26,11 +26,12 @@ from diffsynth_core.models.spec import (
 )
 
 KINDS = (
-    ("*kontext*", "FLUX.1 Kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
-    ("*krea*", "FLUX.1 Krea", "black-forest-labs/FLUX.1-Krea-dev"),
-    ("*", "FLUX.1", "black-forest-labs/FLUX.1-dev"),
+    ("*kontext*", "FLUX.1 Kontext", "black-forest-labs/FLUX.1-Kontext-dev", sampling.KONTEXT),
+    ("*krea*", "FLUX.1 Krea", "black-forest-labs/FLUX.1-Krea-dev", sampling.KREA),
+    ("*", "FLUX.1", "black-forest-labs/FLUX.1-dev", sampling.DEV),
 )
-"""(pattern in what the user wrote for the transformer's files, title, repository); all have the same shapes."""
+"""(pattern in what the user wrote for the transformer's files, title, repository, defaults for generating); all have
+the same shapes."""
 
 PATCH = 4
 """Latent values per token: patches of 2 x 2."""
@@ -97,13 +98,14 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         )
     controlled = CONTROLNET_IMAGE in inputs
     shown = KONTEXT_IMAGES in inputs and not controlled
-    title, model_id = next((title, model) for pattern, title, model in KINDS if fnmatch(origin.lower(), pattern))
+    _, title, model_id, defaults = next(kind for kind in KINDS if fnmatch(origin.lower(), kind[0]))
     plain = Variant(
         title=title,
         model_id=model_id,
         components=("dit", "text_encoder_1", "text_encoder_2", "vae"),
         encoders=(*ENCODERS, KONTEXT_LATENTS) if shown else ENCODERS,
         target=TargetSpec("image", "image", size_factor=SIZE_FACTOR),
+        sampling=defaults,
         conditions=(KONTEXT,) if shown else (),
         accepted_inputs=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
     )

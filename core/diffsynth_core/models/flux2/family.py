@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.models import schedulers
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.flux2 import components as building
 from diffsynth_core.models.flux2 import encode, forward
 from diffsynth_core.models.flux2 import tiny as rehearsal
+from diffsynth_core.models.flux2.sampling import SCHEDULER, empirical_shift
 from diffsynth_core.models.flux2.spec import FLUX2
 from diffsynth_core.models.patches import stack_samples
 from diffsynth_core.models.size_facts import StepSizes
@@ -43,6 +45,10 @@ class Flux2(Family):
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return forward.predict_velocity(components["dit"], noisy, sigma, batch)
+
+    def scheduler(self, variant: Variant, steps: int, shape: Sequence[int]) -> Any:
+        *_, height, width = shape
+        return schedulers.euler(SCHEDULER, steps, empirical_shift(height * width, steps))
 
     def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
         return encode.decode(components["vae"], latents)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.models.flux2 import captions, keys
+from diffsynth_core.models.flux2 import captions, keys, sampling
 from diffsynth_core.models.flux2.sizes import PUBLISHED
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import LatentFacts
@@ -81,6 +81,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         components=("dit", "text_encoder", "vae"),
         encoders=(replace(TEXT, caption=captions.TEXT[size]), LATENTS, *((EDIT,) if shown else ())),
         target=TargetSpec("image", "image", size_factor=SIZE_FACTOR),
+        sampling=sampling.sampling(origin),
         conditions=(EDIT_IMAGES,) if shown else (),
         accepted_inputs=(EDIT_IMAGES.column,),
     )

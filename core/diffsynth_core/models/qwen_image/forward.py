@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
-from diffsynth_core.models.control import CONTROL_LATENTS
+from diffsynth_core.models.control import CONTROL_LATENTS, read_by_controlnet
 from diffsynth_core.models.patches import blank_latents, numbered, pack, unpack
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import Variant
@@ -96,11 +96,23 @@ def predict_velocity(
     }
     added = None
     if controlnet is not None:
+        text = read_by_controlnet(batch, "prompt_embeds")
         added = controlnet(
-            controlnet_cond=pack(batch[CONTROL_LATENTS]).to(controlnet.dtype), **_states_as(given, controlnet)
+            controlnet_cond=pack(batch[CONTROL_LATENTS]).to(controlnet.dtype),
+            **_states_as({**given, "encoder_hidden_states": text}, controlnet),
         )
     (prediction,) = transformer(controlnet_block_samples=added, **_states_as(given, transformer))
     return unpack(prediction[:, : tokens[0].shape[1]], *noisy.shape[-2:])
+
+
+def rescale_tokens(velocity: Tensor, reference: Tensor) -> Tensor:
+    """Return a velocity whose tokens have the norm of those of `reference`, both `[B, 16, 1, h, w]`.
+
+    Source: the guidance of diffusers' `QwenImagePipeline`.
+    """
+    tokens = pack(velocity)
+    norms = [torch.norm(one, dim=-1, keepdim=True) for one in (pack(reference), tokens)]
+    return unpack(tokens * (norms[0] / norms[1]), *velocity.shape[-2:])
 
 
 def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 
 from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.models.control import CONTROLNET_IMAGE, with_controlnet
+from diffsynth_core.models.qwen_image import sampling
 from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT, TEXT
 from diffsynth_core.models.qwen_image.keys import dead_in_controlnet
 from diffsynth_core.models.shapes import count_blocks
@@ -36,6 +37,7 @@ TEXT_TO_IMAGE = Variant(
     components=COMPONENTS,
     encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=TEXT), LATENTS),
     target=IMAGE,
+    sampling=sampling.TEXT_TO_IMAGE,
     accepted_inputs=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
 """The text-to-image variant."""
@@ -119,10 +121,11 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
 
     The shapes of editing models are those of the text-to-image model.
     """
+    plain = replace(TEXT_TO_IMAGE, sampling=sampling.text_to_image(origin))
     if CONTROLNET_IMAGE in inputs:
         blocks = count_blocks(shapes["dit"], "transformer_blocks.") if "dit" in shapes else None
-        return with_controlnet(TEXT_TO_IMAGE, partial(dead_in_controlnet, blocks=blocks))
-    return edit_variant(edit_model(origin)) if EDIT_IMAGE in inputs else TEXT_TO_IMAGE
+        return with_controlnet(plain, partial(dead_in_controlnet, blocks=blocks))
+    return edit_variant(edit_model(origin)) if EDIT_IMAGE in inputs else plain
 
 
 def edit_variant(model: EditModel) -> Variant:
@@ -139,6 +142,7 @@ def edit_variant(model: EditModel) -> Variant:
         components=COMPONENTS,
         encoders=(text, LATENTS, EDIT_LATENTS),
         target=IMAGE,
+        sampling=sampling.EDIT if model.one_image else sampling.EDIT_PLUS,
         conditions=(replace(EDIT, max_count=1),) if model.one_image else (EDIT, EDIT_SMALL),
         extra_trainable={"text_encoder": frozenset({"model.visual"})},
         accepted_inputs=(EDIT_IMAGE,),

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.models import schedulers
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import ComponentFiles, Shapes, Variant
@@ -43,6 +44,10 @@ class Wan(Family):
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return forward.predict_velocity(components["dit"], noisy, sigma, batch)
+
+    def scheduler(self, variant: Variant, steps: int, shape: Sequence[int]) -> Any:
+        assert variant.sampling.shift
+        return schedulers.unipc(steps, variant.sampling.shift)
 
     def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
         return decode_normalized(components["vae"], latents)

@@ -17,7 +17,7 @@ from diffsynth_core.models.spec import (
     UnsupportedCheckpoint,
     Variant,
 )
-from diffsynth_core.models.wan import captions, keys
+from diffsynth_core.models.wan import captions, keys, sampling
 from diffsynth_core.models.wan.sizes import EMBEDDER, FP32_MODULES, FRAMES_PER_LATENT, IMAGE_TOKENS, PUBLISHED
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
@@ -48,6 +48,7 @@ TEXT_TO_VIDEO = Variant(
     components=("dit", "text_encoder", "vae"),
     encoders=(TEXT, LATENTS),
     target=CLIPS,
+    sampling=sampling.T2V,
 )
 
 
@@ -70,6 +71,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
     if (taken, made) == (36, 16):
         return _image_to_video(
             inputs,
+            origin,
             image_encoder=f"{EMBEDDER}.image_embedder.norm1.weight" in transformer,
             two_images=f"{EMBEDDER}.image_embedder.pos_embed" in transformer,
         )
@@ -78,7 +80,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
             f"the transformer has {taken} input and {made} output channels: this variant of Wan is not supported yet",
             "use a transformer of text to video (16, 16), image to video (36, 16) or Wan 2.2 TI2V (48, 48)",
         )
-    return TEXT_TO_VIDEO
+    return _text_to_video(origin)
 
 
 def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
@@ -88,16 +90,20 @@ def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], 
     there is no file.
     """
     if "image_encoder" in shapes:
-        return _image_to_video(inputs, image_encoder=True, two_images="end_image" in inputs)
+        return _image_to_video(inputs, origin, image_encoder=True, two_images="end_image" in inputs)
     vae = shapes.get("vae", {})
     if vae.get("post_quant_conv.weight", (0,))[0] == 48 or (not vae and TI2V_NAME in origin):
         return _text_and_image_to_video(inputs)
     if "input_image" in inputs:
-        return _image_to_video(inputs, image_encoder=False, two_images=False)
-    return TEXT_TO_VIDEO
+        return _image_to_video(inputs, origin, image_encoder=False, two_images=False)
+    return _text_to_video(origin)
 
 
-def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bool) -> Variant:
+def _text_to_video(origin: str) -> Variant:
+    return replace(TEXT_TO_VIDEO, sampling=sampling.text_to_video(origin))
+
+
+def _image_to_video(inputs: tuple[str, ...], origin: str, image_encoder: bool, two_images: bool) -> Variant:
     """I2V: conditioning latents are additional channels; Wan 2.1 reads CLIP states of the frames too."""
     shown = tuple(name for name in FRAMES if name in inputs)
     channels = 2 * OF_VAE.channels + MASK_CHANNELS
@@ -127,6 +133,7 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_encoder else ())),
         encoders=(TEXT, latents, *((image,) if image_encoder else ())),
         target=CLIPS,
+        sampling=sampling.image_to_video(origin, image_encoder, two_images),
         accepted_inputs=FRAMES,
         required_inputs=FRAMES if two_images else FRAMES[:1],
     )
@@ -145,6 +152,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
         components=("dit", "text_encoder", "vae"),
         encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
         target=TargetSpec("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
+        sampling=sampling.TI2V,
         accepted_inputs=FRAMES[:1],
         num_conditioning_frames=1 if shown else 0,
     )
