@@ -261,7 +261,7 @@ def _free_memory(plan: "RunPlan") -> None:
     """Between stages: free the device memory of the last one."""
     import torch
 
-    from diffsynth_core.training.encode import free_device_memory
+    from diffsynth_core.planning.loading import free_device_memory
 
     free_device_memory(torch.device(plan.machine.device))
 

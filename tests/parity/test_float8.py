@@ -9,8 +9,9 @@ import torch
 from diffsynth_core.adapters.float8 import Float8Linear
 from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.planning.encoder_inputs import load_tokenizers, scale_pixels
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.training.encode import load_columns, load_tokenizers, scale_pixels
+from diffsynth_core.training.encode import load_columns
 from tests.parity.float8_runs import RECIPES, Step, counting_saved, plan_step, round_weights
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
             if kind == "rounded":
                 round_weights(plan, encoder.component, module)
             assert module.dtype == precision
-            known = {encoder.component: module, **load_tokenizers(plan, family, encoder.component)}
+            known = {encoder.component: module, **load_tokenizers(plan.model, family, encoder.component)}
             with torch.no_grad():
                 made.append(family.encode(encoder, known, columns))
         wide, rounded, stored = made

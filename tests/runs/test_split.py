@@ -167,9 +167,9 @@ def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
 
 
 def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypatch):
-    from diffsynth_core.training import encode
+    from diffsynth_core.planning import encoder_inputs
 
-    real, calls = encode.load_pixel_tensor, []
+    real, calls = encoder_inputs.load_pixel_tensor, []
 
     def failing(crop):
         calls.append(crop.path)
@@ -177,10 +177,10 @@ def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypa
             raise MemoryError("as the system would")
         return real(crop)
 
-    monkeypatch.setattr(encode, "load_pixel_tensor", failing)
+    monkeypatch.setattr(encoder_inputs, "load_pixel_tensor", failing)
     train(*precompute_task(QWEN, datasets["images"], "encoded"), code=1)
     assert not manifest_of("encoded")["complete"]
-    monkeypatch.setattr(encode, "load_pixel_tensor", real)
+    monkeypatch.setattr(encoder_inputs, "load_pixel_tensor", real)
     refused = train(*train_task(QWEN, "encoded", "run"), code=1)
     assert "precomputation in `encoded` did not finish: `sft:data_process` was interrupted" in refused.err
     going_on = train(*precompute_task(QWEN, datasets["images"], "encoded"))

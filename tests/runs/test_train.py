@@ -81,10 +81,10 @@ def encodings_below(cache: Path) -> dict[str, set[str]]:
 
 def test_a_crash_while_encoding_leaves_whole_entries_only(cli, photographs, tmp_path, monkeypatch):
     """The third image fails; entries encoded before are complete, and the next run encodes only the rest."""
-    from diffsynth_core.training import encode
+    from diffsynth_core.planning import encoder_inputs
 
     cache = ("--cache_path", tmp_path / "own_cache")
-    real = encode.load_pixel_tensor
+    real = encoder_inputs.load_pixel_tensor
     calls = []
 
     def failing(crop):
@@ -93,11 +93,11 @@ def test_a_crash_while_encoding_leaves_whole_entries_only(cli, photographs, tmp_
             raise MemoryError("as the system would")
         return real(crop)
 
-    monkeypatch.setattr(encode, "load_pixel_tensor", failing)
+    monkeypatch.setattr(encoder_inputs, "load_pixel_tensor", failing)
     assert cli(*common(photographs, "--output_path", "first", *cache)).code == 1
     assert len(encodings_below(tmp_path / "own_cache")["latents"]) == 2
     assert not Path("first").exists()
-    monkeypatch.setattr(encode, "load_pixel_tensor", real)
+    monkeypatch.setattr(encoder_inputs, "load_pixel_tensor", real)
     second = cli(*common(photographs, "--output_path", "second", *cache))
     assert second.code == 0, second.err
     assert "Encoding latents: 2 of 2 samples" in second.err
@@ -271,16 +271,16 @@ def test_two_runs_in_one_folder_are_kept_apart(cli, photographs, tmp_path):
 
 
 def test_an_image_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, dataset, tmp_path, monkeypatch):
-    from diffsynth_core.training import encode
+    from diffsynth_core.planning import encoder_inputs
 
-    real = encode.load_pixel_tensor
+    real = encoder_inputs.load_pixel_tensor
 
     def changing(crop):
         pixels = real(crop)
         crop.path.touch()
         return pixels
 
-    monkeypatch.setattr(encode, "load_pixel_tensor", changing)
+    monkeypatch.setattr(encoder_inputs, "load_pixel_tensor", changing)
     outcome = cli(*common(dataset, "--output_path", "out", "--cache_path", tmp_path / "own_cache"))
     assert outcome.code == 1 and "changed while it was encoded" in outcome.err
     assert encodings_below(tmp_path / "own_cache")["latents"] == set()

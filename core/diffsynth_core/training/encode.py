@@ -1,22 +1,20 @@
 """Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffsynth_core.data.media import MediaCrop, load_pixels
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError, raise_if_any
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.encodings import hash_cache
+from diffsynth_core.planning.encoder_inputs import load_input, load_tokenizers, scale_pixels
+from diffsynth_core.planning.encoding_keys import hash_cache, inputs_of
 from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef
+from diffsynth_core.planning.loading import free_device_memory
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
@@ -35,37 +33,11 @@ def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: i
         Column -> the caption as a string, the target as `[3, F, H, W]` uint8, or the files of a condition as a list of
         such.
     """
-    loaded: dict[str, Any] = {}
-    for column in encoder.columns:
-        if column == plan.model.facts.text_column:
-            loaded[column] = sample.captions[choice]
-        elif column in sample.values:
-            loaded[column] = sample.values[column]
-        elif column in sample.conditions:
-            loaded[column] = [load_pixel_tensor(crop) for crop in sample.conditions[column]]
-        else:
-            loaded[column] = load_pixel_tensor(sample.target.first_frame if encoder.first_frame_only else sample.target)
-    return loaded
-
-
-def load_pixel_tensor(crop: MediaCrop) -> Tensor:
-    """Load an image or clip at its training size, `[3, F, H, W]` uint8, a quarter of the bytes of float32; of a mask
-    `[1, 1, H, W]`.
-    """
-    return torch.from_numpy(np.array(load_pixels(crop).transpose(3, 0, 1, 2), order="C"))  # Pillow's are read-only
-
-
-def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the inputs of an encoder to the device, images and clips as `[3, F, H, W]` float32 in [-1, 1]."""
-
-    def scaled(value: Any) -> Any:
-        if isinstance(value, list):
-            return [scaled(item) for item in value]
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True).float().div_(127.5).sub_(1)
-        return value
-
-    return {name: scaled(value) for name, value in loaded.items()}
+    facts = plan.model.facts
+    return {
+        column: load_input(value)
+        for column, value in inputs_of(facts, encoder, sample, sample.captions[choice]).items()
+    }
 
 
 class _RawSamples(Dataset[tuple[EncodingRef, dict[str, Any]]]):
@@ -105,7 +77,7 @@ def fill_cache(
     for component in plan.encodings.components_to_load:
         stop.raise_if_set()
         components: dict[str, Any] = load_tokenizers(
-            plan, family, component
+            plan.model, family, component
         )  # first, because their faults show at once
         components[component] = load_for_run(
             plan, family, component, encoder_dtype(plan.machine.mixed_precision), accelerator.device, reporter
@@ -115,19 +87,10 @@ def fill_cache(
                 share = [
                     ref for ref in part.missing if ref.sample % accelerator.num_processes == accelerator.process_index
                 ]
-                _encode(plan, part, family, components, share, hash_cache(plan), reporter, stop)
+                _encode(plan, part, family, components, share, hash_cache(plan.output.cache), reporter, stop)
         del components
         free_device_memory(accelerator.device)
     accelerator.wait_for_everyone()
-
-
-def load_tokenizers(plan: RunPlan, family: Family, component: str) -> dict[str, Any]:
-    """Load the tokenizers of a component, by parameter."""
-    return {
-        parameter: family.load_tokenizer(parameter, plan.model.tokenizers[parameter])
-        for parameter, tokenizer in plan.model.facts.tokenizers.items()
-        if tokenizer.component == component and parameter in plan.model.tokenizers
-    }
 
 
 @torch.no_grad()
@@ -179,12 +142,3 @@ def _check_encoded(plan: RunPlan, part: EncoderPlan, index: int, encoded: Encode
             f"the output of the {part.encoder.component} for {sample.name} contains NaN or Inf",
             "check the file, or encode with `--mixed_precision no`",
         )
-
-
-def free_device_memory(device: torch.device) -> None:
-    """Release the memory of deleted modules on the device."""
-    import gc
-
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()  # type: ignore[no-untyped-call, unused-ignore]

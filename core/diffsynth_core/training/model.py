@@ -12,10 +12,10 @@ from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
 from diffsynth_core.planning.activations import component_setup
+from diffsynth_core.planning.encoder_inputs import load_tokenizers, scale_pixels
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.activations import OffloadActivations
-from diffsynth_core.training.encode import load_tokenizers, scale_pixels
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.objective import SampleDraw
@@ -113,5 +113,5 @@ def build_training_module(
                 f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {pluralize(len(training.lora_modules), 'module')}"
             )
         components[name] = module
-        tokenizers.update(load_tokenizers(plan, family, name))
+        tokenizers.update(load_tokenizers(plan.model, family, name))
     return TrainingModule(plan, family, components, tokenizers)
