@@ -1,11 +1,23 @@
 """Generating: prompts and images are encoded, the denoiser samples latents, the VAE decodes them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from diffsynth_core.errors import Interrupted
+from diffsynth_core.generation.encoding import EncodedJob, encode_jobs
 from diffsynth_core.generation.job import GenerationJob, GenerationPlan
+from diffsynth_core.generation.sampling import Sampler
+from diffsynth_core.models.family import Encoded, encoder_dtype, frozen_dtype
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.planning.loading import free_device_memory, load_planned
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
 
@@ -16,10 +28,134 @@ def generate(
     """Yield each job with its pixels, `[F, H, W, 3]` RGB, in the order of the plan, as soon as it is generated.
 
     All prompts and images are encoded first, by one encoder component after the other, from the cache where it has
-    them; then the denoiser is loaded, and the VAE beside it.
+    them; then the denoiser is loaded, and the VAE beside it. Of two denoisers, the first draws its part of all jobs
+    before the second is loaded.
 
     Raises:
         DiffSynthError: if an image cannot be read, or an encoding contains NaN or Inf.
         Interrupted: if a stop is requested; between steps.
     """
-    raise NotImplementedError
+    for job, pixels in draw(plan, reporter, stop):
+        yield job, (pixels * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The steps of one denoiser: those with a sigma of at least `boundary`."""
+
+    denoiser: str
+    boundary: float
+    is_second: bool = False
+
+    def cfg_scale(self, job: GenerationJob) -> float:
+        if self.is_second and job.second_cfg_scale is not None:
+            return job.second_cfg_scale
+        return job.cfg_scale
+
+
+def draw(plan: GenerationPlan, reporter: Reporter, stop: StopRequest) -> Iterator[tuple[GenerationJob, Tensor]]:
+    """Yield each job with its pixels, `[3, F, H, W]` float32 in [0, 1]; otherwise as `generate`."""
+    drawing = _Drawing(plan, reporter, stop)
+    encoded = encode_jobs(plan, drawing.family, reporter, stop)
+    *_, last = stages = _stages(plan)
+    for stage in stages:
+        components = drawing.load_step(stage.denoiser)
+        if stage is last:
+            components |= drawing.load_decoder()
+        for number, job in enumerate(plan.jobs):
+            latents = drawing.advance(components, stage, number, encoded[number])
+            if stage is last:
+                yield job, drawing.decode(components, latents)
+        components.clear()
+        free_device_memory(drawing.device)
+
+
+def _stages(plan: GenerationPlan) -> list[_Stage]:
+    facts, boundary = plan.model.facts, plan.model.variant.sampling.boundary
+    if boundary is None or facts.second_denoiser not in plan.model.components:
+        return [_Stage(facts.denoiser, 0.0)]
+    return [_Stage(facts.denoiser, boundary), _Stage(facts.second_denoiser, 0.0, is_second=True)]
+
+
+class _Drawing:
+    """The jobs of a plan, and how far each of them is."""
+
+    def __init__(self, plan: GenerationPlan, reporter: Reporter, stop: StopRequest) -> None:
+        self.family = load_family(plan.model.facts.name)
+        self.device = torch.device(plan.machine.device)
+        self._plan, self._reporter, self._stop = plan, reporter, stop
+        self._precision = plan.machine.mixed_precision
+        self._samplers: dict[int, Sampler] = {}
+
+    def load_step(self, denoiser: str) -> dict[str, nn.Module]:
+        """Load a denoiser, and what else runs in its steps; either of two denoisers is the family's `denoiser`."""
+        model = self._plan.model
+        files = {model.facts.denoiser: denoiser, **{name: name for name in model.variant.step_components}}
+        return {name: self._load(component, frozen_dtype(self._precision)) for name, component in files.items()}
+
+    def load_decoder(self) -> dict[str, nn.Module]:
+        """Load the component that encodes the target, and decodes latents."""
+        variant = self._plan.model.variant
+        vae = next(encoder.component for encoder in variant.encoders if variant.target.column in encoder.columns)
+        return {vae: self._load(vae, encoder_dtype(self._precision))}
+
+    def _load(self, component: str, dtype: torch.dtype) -> nn.Module:
+        self._stop.raise_if_set()
+        return load_planned(self._plan.model, self.family, component, dtype, self.device, self._reporter)
+
+    def advance(self, components: Mapping[str, Any], stage: _Stage, number: int, encodings: EncodedJob) -> Tensor:
+        """Take the steps of a stage in a job, and return its latents, `[1, C, F, h, w]` float32.
+
+        Raises:
+            Interrupted: if a stop is requested before the last step.
+        """
+        job, jobs = self._plan.jobs[number], len(self._plan.jobs)
+        if number not in self._samplers:
+            self._samplers[number] = self._start(components, job)
+        sampler = self._samplers[number]
+        positive, negative = encodings.read(self.family)
+        cfg_scale = stage.cfg_scale(job)
+        steps = sampler.denoise(
+            partial(self._predict, components),
+            self._batch(positive, job),
+            self._batch(negative, job) if negative and cfg_scale > 1 else None,
+            cfg_scale,
+            stage.boundary,
+        )
+        total = sampler.steps_above(stage.boundary)
+        with self._reporter.task(f"Generating {number + 1} of {jobs}", total, "steps") as task:
+            self._raise_if_stopped()
+            for _ in steps:
+                task.advance()
+                if sampler.steps_above(stage.boundary):
+                    self._raise_if_stopped()
+        return sampler.latents
+
+    def _start(self, components: Mapping[str, Any], job: GenerationJob) -> Sampler:
+        model = self._plan.model
+        sizes = StepSizes(batch=1, images=((job.num_frames, job.height, job.width),), text_tokens=0)
+        blank = self.family.blank_encoding(model.variant, components[model.facts.denoiser], sizes)
+        return Sampler(self.family, model.variant, job.seed, job.steps, (1, *blank["latents"].shape), self.device)
+
+    def _batch(self, encoded: Encoded, job: GenerationJob) -> Encoded:
+        """Return the encodings of a job as a batch on the device, with the input of the guidance embedder."""
+        batch = self.family.collate([{name: tensor.to(self.device) for name, tensor in encoded.items()}])
+        return (
+            batch if job.guidance is None else {**batch, "guidance": torch.tensor([job.guidance], device=self.device)}
+        )
+
+    def _predict(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
+        dtype, enabled = frozen_dtype(self._precision), self._precision != "no"
+        with torch.autocast(self.device.type, dtype, enabled=enabled):
+            velocity: Tensor = self.family.predict_velocity(components, noisy, sigma, batch)
+            return velocity
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.signal_number is not None:
+            raise Interrupted(self._stop.signal_number, "interrupted; finished images are kept")
+
+    @torch.no_grad()
+    def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
+        """Return the pixels of latents, `[3, F, H, W]` in [0, 1]."""
+        pixels = self.family.decode(components, latents)[0]
+        return (pixels / 2 + 0.5).clamp(0, 1)

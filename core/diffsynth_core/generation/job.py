@@ -54,6 +54,11 @@ class GenerationJob:
     values: Mapping[str, float | str] = field(default_factory=dict)
     second_cfg_scale: float | None = None
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt is used."""
+        return max(self.cfg_scale, self.second_cfg_scale or 0) > 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPlan:

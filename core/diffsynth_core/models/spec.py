@@ -280,7 +280,7 @@ class FamilyFacts:
         second_denoiser: name of the second of two transformers in keys of files; it has the denoiser's modules.
         tokenizers: tokenizer parameter -> its component and default location.
         conditions: extra inputs that are metadata columns, of all its variants.
-        frame_inputs: extra inputs that are frames of the target clip, not columns.
+        frame_inputs: extra inputs that are frames of the target clip, not columns -> which one, negative from its end.
         later_inputs: extra inputs of DiffSynth-Studio for this family that are not supported yet.
     """
 
@@ -300,7 +300,7 @@ class FamilyFacts:
     lookalikes: tuple["UnsupportedCheckpoint", ...] = ()
     not_trained: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
-    frame_inputs: tuple[str, ...] = ()
+    frame_inputs: Mapping[str, int] = field(default_factory=dict)
     later_inputs: tuple[str, ...] = ()
 
     def component(self, name: str) -> ComponentFacts:

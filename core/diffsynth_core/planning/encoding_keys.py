@@ -77,19 +77,32 @@ def identify(
     return {name: {label: memory.sha256(path) for label, path in files.items()} for name, files in found.items()}
 
 
+@dataclass(frozen=True)
+class EncoderInputs:
+    """What the encoders may read: target, conditions by name, and values that are conditions by column."""
+
+    target: MediaCrop | ConditioningFrames
+    conditions: Mapping[str, tuple[MediaCrop, ...]]
+    values: Mapping[str, float | str]
+
+    def of(self, encoder: EncoderFacts, text_column: str, caption: str) -> dict[str, ColumnInput]:
+        """Return what an encoder reads with a caption, by column."""
+        read: dict[str, ColumnInput] = {}
+        for column in encoder.columns:
+            if column == text_column:
+                read[column] = caption
+            elif column in self.values:
+                read[column] = self.values[column]
+            elif column in self.conditions:
+                read[column] = self.conditions[column]
+            else:
+                read[column] = self.target.first_frame if encoder.first_frame_only else self.target
+        return read
+
+
 def inputs_of(facts: FamilyFacts, encoder: EncoderFacts, sample: Sample, caption: str) -> dict[str, ColumnInput]:
     """Return what an encoder reads of a sample with one of its captions, by column."""
-    read: dict[str, ColumnInput] = {}
-    for column in encoder.columns:
-        if column == facts.text_column:
-            read[column] = caption
-        elif column in sample.values:
-            read[column] = sample.values[column]
-        elif column in sample.conditions:
-            read[column] = sample.conditions[column]
-        else:
-            read[column] = sample.target.first_frame if encoder.first_frame_only else sample.target
-    return read
+    return EncoderInputs(sample.target, sample.conditions, sample.values).of(encoder, facts.text_column, caption)
 
 
 def entry_key(

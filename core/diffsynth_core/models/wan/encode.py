@@ -10,7 +10,7 @@ from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.models.video_vae import encode_normalized
 from diffsynth_core.models.wan.captions import MAX_TOKENS, clean_caption
-from diffsynth_core.models.wan.sizes import FRAMES_PER_LATENT
+from diffsynth_core.models.wan.sizes import FRAMES, FRAMES_PER_LATENT
 
 
 def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
@@ -74,12 +74,14 @@ def encode_with_condition(encoder: EncoderFacts, components: Mapping[str, Any], 
     latents = encode_normalized(vae, kept)
     mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
     spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    return {"latents": encode_normalized(vae, pixels), "condition": torch.cat([spread, latents])}
+    # A clip of conditioning frames alone, as for generating, need not be encoded twice.
+    target = latents if torch.equal(kept, pixels) else encode_normalized(vae, pixels)
+    return {"latents": target, "condition": torch.cat([spread, latents])}
 
 
 def conditioning_frames(shown: tuple[str, ...]) -> list[int]:
     """Return the indices of the conditioning frames."""
-    return [{"input_image": 0, "end_image": -1}[name] for name in shown]
+    return [FRAMES[name] for name in shown]
 
 
 def conditioning_mask(frames: int, shown: tuple[str, ...]) -> Tensor:

@@ -6,6 +6,8 @@ from diffsynth_core.models.size_facts import HubModelSize
 
 FRAMES_PER_LATENT = 4
 """Frames of a clip in one latent frame; the first latent frame holds one."""
+FRAMES = {"input_image": 0, "end_image": -1}
+"""Extra inputs: the first and the last frame of the clip, as conditions."""
 IMAGE_TOKENS = 257
 """Of one image shown to the image encoder."""
 EMBEDDER = "condition_embedder"

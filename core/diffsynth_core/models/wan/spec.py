@@ -18,7 +18,14 @@ from diffsynth_core.models.spec import (
     Variant,
 )
 from diffsynth_core.models.wan import captions, keys, sampling
-from diffsynth_core.models.wan.sizes import EMBEDDER, FP32_MODULES, FRAMES_PER_LATENT, IMAGE_TOKENS, PUBLISHED
+from diffsynth_core.models.wan.sizes import (
+    EMBEDDER,
+    FP32_MODULES,
+    FRAMES,
+    FRAMES_PER_LATENT,
+    IMAGE_TOKENS,
+    PUBLISHED,
+)
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
 """Repository with safetensors copies of the pickled files in Wan's own repositories."""
@@ -40,8 +47,7 @@ TI2V_NAME = "-TI2V-"
 """Part of the names of TI2V repositories."""
 PATCH = 4
 """Latent values per token: patches of 1 x 2 x 2."""
-FRAMES = ("input_image", "end_image")
-"""Extra inputs: the first and the last frame of the clip, as conditions."""
+FIRST_FRAME = ("input_image",)
 TEXT_TO_VIDEO = Variant(
     title="Wan (text to video)",
     model_id="Wan-AI/Wan2.1-T2V-1.3B",
@@ -134,8 +140,8 @@ def _image_to_video(inputs: tuple[str, ...], origin: str, image_encoder: bool, t
         encoders=(TEXT, latents, *((image,) if image_encoder else ())),
         target=CLIPS,
         sampling=sampling.image_to_video(origin, image_encoder, two_images),
-        accepted_inputs=FRAMES,
-        required_inputs=FRAMES if two_images else FRAMES[:1],
+        accepted_inputs=tuple(FRAMES),
+        required_inputs=tuple(FRAMES) if two_images else FIRST_FRAME,
     )
 
 
@@ -144,7 +150,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
     shown = "input_image" in inputs
     latents = LatentFacts(channels=48, factor=16)
     given = EncoderFacts(
-        name="latents_with_first_given", component="vae", columns=("video",), inputs=FRAMES[:1], latents=latents
+        name="latents_with_first_given", component="vae", columns=("video",), inputs=FIRST_FRAME, latents=latents
     )
     return Variant(
         title="Wan 2.2 TI2V",
@@ -153,7 +159,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
         encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
         target=TargetSpec("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
         sampling=sampling.TI2V,
-        accepted_inputs=FRAMES[:1],
+        accepted_inputs=FIRST_FRAME,
         num_conditioning_frames=1 if shown else 0,
     )
 

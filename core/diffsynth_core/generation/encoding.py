@@ -1,0 +1,199 @@
+"""Encodings of jobs: by the encoders of training, from the cache where it has them, written to it otherwise."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth_core.data.cache import EncodingCache
+from diffsynth_core.data.conditions import Condition
+from diffsynth_core.data.images import read_image_header
+from diffsynth_core.data.media import MediaCrop, choose_reference
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.generation.job import GenerationJob, GenerationPlan
+from diffsynth_core.hub.identity import HashCache
+from diffsynth_core.models.family import Encoded, Family, encoder_dtype
+from diffsynth_core.models.spec import EncoderFacts, Variant
+from diffsynth_core.planning.encoder_inputs import load_input, load_tokenizers, scale_pixels
+from diffsynth_core.planning.encoding_keys import (
+    ColumnInput,
+    ConditioningFrames,
+    EncoderInputs,
+    encoding_cache,
+    entry_key,
+    entry_memory,
+    hash_cache,
+    identify,
+)
+from diffsynth_core.planning.loading import free_device_memory, load_planned
+from diffsynth_core.progress import Reporter
+from diffsynth_core.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An encoding that a job needs, and its place in the cache."""
+
+    encoder: EncoderFacts
+    inputs: dict[str, ColumnInput]
+    cache: EncodingCache
+    key: str
+
+
+@dataclass(frozen=True)
+class EncodedJob:
+    """The encodings of a job in the cache; `negative`: those with the negative prompt, empty without guidance."""
+
+    positive: tuple[Entry, ...]
+    negative: tuple[Entry, ...]
+
+    def read(self, family: Family) -> tuple[Encoded, Encoded | None]:
+        """Return the encodings with the prompt, and with the negative one if there is guidance.
+
+        Raises:
+            DiffSynthError: if an entry is gone.
+        """
+        positive = _read(self.positive)
+        return positive, family.negative_encoding(positive, _read(self.negative)) if self.negative else None
+
+
+def _read(entries: Iterable[Entry]) -> Encoded:
+    merged: Encoded = {}
+    for entry in entries:
+        merged |= entry.cache.read(entry.key)
+    return merged
+
+
+def encode_jobs(plan: GenerationPlan, family: Family, reporter: Reporter, stop: StopRequest) -> list[EncodedJob]:
+    """Encode prompts and images of all jobs, with one component in memory after the other.
+
+    Raises:
+        DiffSynthError: if an image cannot be read, or an encoding contains NaN or Inf.
+        Interrupted: if a stop is requested; finished encodings are kept.
+    """
+    hashes = hash_cache(plan.cache)
+    jobs = _look_up(plan, hashes, reporter)
+    every = {(entry.encoder.name, entry.key): entry for job in jobs for entry in (*job.positive, *job.negative)}
+    missing = [entry for entry in every.values() if not entry.cache.has(entry.key)]
+    for component in dict.fromkeys(entry.encoder.component for entry in missing):
+        stop.raise_if_set()
+        of_component = [entry for entry in missing if entry.encoder.component == component]
+        _encode(plan, family, component, of_component, hashes, reporter, stop)
+        free_device_memory(torch.device(plan.machine.device))
+    return jobs
+
+
+def _look_up(plan: GenerationPlan, hashes: HashCache, reporter: Reporter) -> list[EncodedJob]:
+    """Return the entries of all jobs, whether they exist or not."""
+    model, text_column = plan.model, plan.model.facts.text_column
+    encoders = [encoder for encoder in model.variant.encoders if _is_needed(encoder, model.variant)]
+    memory = entry_memory(plan.cache)
+    caches = {encoder: encoding_cache(plan.cache, model.facts, encoder, memory) for encoder in encoders}
+    identities = identify(model, dict.fromkeys(encoder.component for encoder in encoders), hashes, reporter)
+    images = (path for job in plan.jobs for paths in job.images.values() for path in paths)
+    hashes.read_all(images, reporter, "Hashing images")
+
+    def entries(inputs: EncoderInputs, encoders: Iterable[EncoderFacts], prompt: str) -> Iterator[Entry]:
+        for encoder in encoders:
+            read = inputs.of(encoder, text_column, prompt)
+            identity = identities[encoder.component]
+            key = entry_key(model, plan.machine.mixed_precision, encoder, identity, read, hashes)
+            yield Entry(encoder, read, caches[encoder], key)
+
+    found = []
+    for job in plan.jobs:
+        inputs = inputs_of_job(plan, job)
+        of_prompt = [encoder for encoder in encoders if text_column in encoder.columns] if job.is_guided else []
+        found.append(
+            EncodedJob(
+                tuple(entries(inputs, encoders, job.prompt)), tuple(entries(inputs, of_prompt, job.negative_prompt))
+            )
+        )
+    return found
+
+
+def _is_needed(encoder: EncoderFacts, variant: Variant) -> bool:
+    """Return whether an encoder is run without a target: not if it makes nothing else than the target's latents."""
+    return variant.target.column not in encoder.columns or bool(encoder.inputs) or encoder.latents is None
+
+
+def inputs_of_job(plan: GenerationPlan, job: GenerationJob) -> EncoderInputs:
+    """Return what the encoders read of a job, its images at the sizes that their rules state."""
+    shape = (job.num_frames, job.height, job.width)
+    frames = tuple(
+        (frame, _covering(path, job))
+        for name, frame in plan.model.facts.frame_inputs.items()
+        for path in job.images.get(name, ())
+    )
+    conditions = {
+        condition.name: tuple(
+            _reference(path, condition, job, plan.max_pixels) for path in job.images.get(condition.column, ())
+        )
+        for condition in plan.model.variant.conditions
+    }
+    return EncoderInputs(ConditioningFrames(shape, frames), conditions, job.values)
+
+
+def _covering(path: Path, job: GenerationJob) -> MediaCrop:
+    """Return an image as a frame of a job: it covers the frame and is center-cropped."""
+    return MediaCrop(path, job.height, job.width, converted=bool(read_image_header(path).colors.profile))
+
+
+def _reference(path: Path, condition: Condition, job: GenerationJob, max_pixels: int) -> MediaCrop:
+    target = MediaCrop(path, job.height, job.width, video=job.num_frames > 1, frames=job.num_frames)
+    if condition.media == "video":
+        return target
+    return choose_reference(path, read_image_header(path), condition, target, max_pixels)
+
+
+@torch.no_grad()
+def _encode(
+    plan: GenerationPlan,
+    family: Family,
+    component: str,
+    entries: list[Entry],
+    hashes: HashCache,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> None:
+    """Load a component, and encode with it."""
+    device, dtype = torch.device(plan.machine.device), encoder_dtype(plan.machine.mixed_precision)
+    components: dict[str, Any] = load_tokenizers(plan.model, family, component)
+    components[component] = load_planned(plan.model, family, component, dtype, device, reporter)
+    warned = set()
+    with reporter.task(f"Encoding with the {component}", len(entries), "inputs") as task:
+        for entry in entries:
+            stop.raise_if_set()
+            columns = {column: load_input(value) for column, value in entry.inputs.items()}
+            encoded = family.encode(entry.encoder, components, scale_pixels(columns, device))
+            _check(entry, component, encoded, hashes)
+            entry.cache.write(entry.key, encoded)
+            warned.add(family.truncation_warning(entry.encoder, components, columns))
+            task.advance()
+    for warning in sorted(filter(None, warned)):
+        reporter.warn(warning)
+
+
+def _check(entry: Entry, component: str, encoded: Encoded, hashes: HashCache) -> None:
+    """Reject encodings that must not enter the cache, from where they would be reused.
+
+    Raises:
+        DiffSynthError: if a file has changed since it was hashed, or the encoding is not finite.
+    """
+    changed = [path for path in _files(entry.inputs.values()) if hashes.known(path) is None]
+    if changed:
+        raise DiffSynthError(f"`{changed[0]}` changed while it was encoded", "rerun the command")
+    if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
+        raise DiffSynthError(
+            f"the output of the {component} contains NaN or Inf", "check its files, or pass `--mixed_precision no`"
+        )
+
+
+def _files(inputs: Iterable[ColumnInput]) -> Iterator[Path]:
+    for value in inputs:
+        if isinstance(value, tuple):
+            yield from (crop.path for crop in value)
+        elif isinstance(value, ConditioningFrames):
+            yield from (crop.path for _, crop in value.given)

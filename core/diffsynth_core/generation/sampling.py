@@ -1,0 +1,75 @@
+"""The sampling loop, for any family: from noise to latents."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.models.family import Encoded, Family
+from diffsynth_core.models.spec import Variant
+
+Predict = Callable[[Tensor, Tensor, Encoded], Tensor]
+"""(latents `[1, C, F, h, w]` float32, sigma `[1]` float32, batch) -> predicted noise - latents."""
+
+
+def draw_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """Draw the noise that sampling starts from, float32, on the CPU, so that it is the same on every device.
+
+    Gives the values of a pipeline of diffusers with `generator=torch.Generator("cpu").manual_seed(seed)` in float32.
+    """
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+class Sampler:
+    """The latents of one image or clip, and how far they are."""
+
+    def __init__(
+        self, family: Family, variant: Variant, seed: int, steps: int, shape: Sequence[int], device: torch.device
+    ) -> None:
+        """Draw the noise.
+
+        Args:
+            shape: of the latents, `[1, C, F, h, w]`.
+        """
+        self._family = family
+        self._scheduler = family.scheduler(variant, steps, shape)
+        self._timesteps: list[Tensor] = list(self._scheduler.timesteps)
+        self.latents = draw_noise(seed, shape).to(device)
+
+    def steps_above(self, boundary: float) -> int:
+        """Return how many of the remaining steps have a sigma of at least `boundary`."""
+        return sum(bool(timestep >= boundary * TRAINING_TIMESTEPS) for timestep in self._timesteps)
+
+    def denoise(
+        self, predict: Predict, batch: Encoded, negative: Encoded | None, cfg_scale: float, boundary: float = 0.0
+    ) -> Iterator[None]:
+        """Denoise while sigma is at least `boundary`; yield after each step.
+
+        Latents where `given` is 1 are those of the batch, before each prediction and at the end.
+
+        Args:
+            batch: the output of `collate` for one sample.
+            negative: the same with the negative prompt; None: without classifier-free guidance.
+        """
+        for _ in range(self.steps_above(boundary)):
+            self._step(predict, self._timesteps.pop(0), batch, negative, cfg_scale)
+            yield
+        self.latents = hold_clean(self.latents, batch)
+
+    @torch.no_grad()
+    def _step(
+        self, predict: Predict, timestep: Tensor, batch: Encoded, negative: Encoded | None, cfg_scale: float
+    ) -> None:
+        states = hold_clean(self.latents, batch)
+        sigma = (timestep.float() / TRAINING_TIMESTEPS).reshape(1).to(states.device)
+        velocity = predict(states, sigma, batch).float()
+        if negative is not None:
+            velocity = self._family.guide(velocity, predict(states, sigma, negative).float(), cfg_scale)
+        (self.latents,) = self._scheduler.step(velocity, timestep, self.latents, return_dict=False)
+
+
+def hold_clean(latents: Tensor, batch: Encoded) -> Tensor:
+    """Return latents with those of the batch where its mask `given` is 1."""
+    clean_mask = batch.get("given")
+    return latents if clean_mask is None else torch.where(clean_mask.bool(), batch["latents"].float(), latents)
