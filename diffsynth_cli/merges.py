@@ -29,6 +29,8 @@ HEADINGS = ("LoRA", "weight", "modules", "rank", "scale", "alpha", "skipped")
 """Headings of the table of LoRAs."""
 WORST_SHOWN = 3
 """Maximum number of modules listed as losing most."""
+SHOWN_LOSS = 0.5e-5
+"""The least loss of a listed module: less is 0.000%."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,10 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
 
 def _lost_to_rank(rank: int, share: float, shares: Mapping[str, float]) -> list[str]:
     """The loss of rank reduction, in total and for the worst modules."""
+    line = f"rank {rank} loses {share:.3%} of the change (||D - D'|| / ||D||)"
     worst = sorted(shares, key=lambda name: -shares[name])[:WORST_SHOWN]
-    shown = ", ".join(f"`{name}` {shares[name]:.3%}" for name in worst)
-    return [f"rank {rank} loses {share:.3%} of the change (||D - D'|| / ||D||); most: {shown}"]
+    shown = [f"`{name}` {shares[name]:.3%}" for name in worst if shares[name] >= SHOWN_LOSS]
+    return [f"{line}; most: {', '.join(shown)}" if shown else line]
 
 
 def _report(

@@ -38,8 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_make_parametrize_id(val: object) -> str | None:
-    """What a case expects to be named is its heading on the page of a test."""
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """What a case expects to be named is its heading on the page of a test; a lambda is called as its argument is."""
+    if getattr(val, "__name__", "") == "<lambda>":
+        return argname
     if not isinstance(val, names):
         return None
     heading = " ".join(val.parts)

@@ -115,13 +115,28 @@ def test_into_one_of_a_lower_rank(cli, says, lora):
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
     assert lines[0] == "1 module of rank 1"
-    assert lines[1] == names("rank 1", "0.000%", f"lora_unet_{Q.replace('.', '_')}")
+    assert lines[1] == names("rank 1", "0.000%") and "most" not in lines[1]
     says(f"{outcome.out}{without_progress(outcome.err)}")
     found = load_file("one.safetensors")
     stem = f"lora_unet_{Q.replace('.', '_')}"
     change = found[f"{stem}.lora_up.weight"] @ found[f"{stem}.lora_down.weight"]
     assert torch.allclose(change, torch.full_like(change, 0.5 * 0.125), atol=1e-6)
     assert found[f"{stem}.alpha"] == 1
+
+
+def test_a_lower_rank_names_the_modules_that_lose_most(cli, lora):
+    stem = f"lora_unet_{Q.replace('.', '_')}"
+    tensors = load_file(lora)
+    down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
+    down[1] = torch.linspace(-1, 1, down.shape[1])
+    up[:, 1] = torch.linspace(-1, 1, len(up))
+    save_file(tensors, "skewed.safetensors")
+    whole = up @ down
+    share = float(torch.linalg.svdvals(whole)[1:].norm() / whole.norm())
+    assert share > 0.01
+    outcome = cli("merge-lora", "--lora", "skewed.safetensors:0.5", "--lora", "skewed.safetensors:0.5", "--rank", 1, "--output_path", "one.safetensors")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[1] == names(f"rank 1 loses {share:.3%}", f"most: `{stem}` {share:.3%}")
 
 
 def test_wrong_use(cli, refused, models, lora):

@@ -27,7 +27,7 @@ from tests.loras import RANK
 
 CORRUPTED = int(os.environ.get("DIFFSYNTH_TEST_CORRUPTED", "50"))
 """Damaged headers for each command, different ones for each: 200 in total."""
-KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "2"))
 """Moments at which each command is killed."""
 TRIES = 5
 """Attempts for each of these moments: the kill may come too late."""

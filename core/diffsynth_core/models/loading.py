@@ -128,7 +128,6 @@ def load_component(
     facts = family.facts.component(files.component)
     store = STORES[files.storage]
     buffers = frozenset(name for name, _ in module.named_buffers())
-    facts = family.facts.component(files.component)
     replaced = swap_layers(facts, module, store, dtype)
     prepare_component(family, files.component, module, setup)
 
