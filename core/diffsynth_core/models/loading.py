@@ -29,9 +29,11 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
         DiffSynthError: if the configuration is unknown or cannot be built.
     """
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     config = family.config_of(files, module_shapes(files)) | dict(files.settings)
-    with init_empty_weights(include_buffers=False):
+    # Initialization has no effect on the meta device, but takes half of the time.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         module = family.build(files.component, config)
     tie(module)
     return module.eval().requires_grad_(False)
