@@ -111,7 +111,7 @@ def train_and_measure(cli, monkeypatch, base, pipeline, photographs, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("recipe", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("recipe", [LORA, pytest.param(FULL, marks=pytest.mark.long)], ids=["lora", "full"])
 def test_it_learns(train_and_measure, photographs, recipe):
     share = train_and_measure(recipe, photographs, 2e-3, STEPS[recipe])
     print(f"{recipe[1]}: {share:.3f} of predicting zero")
@@ -123,6 +123,7 @@ def test_learning_rate_0_does_not_pass(train_and_measure, photographs):
     assert train_and_measure(LORA, photographs, 0.0, steps=2) > LEARNED
 
 
+@pytest.mark.long
 def test_swapped_samples_do_not_pass(train_and_measure, photographs, tmp_path):
     """The result of training on mixed-up pairs: each caption with the next image."""
     dataset = tmp_path / "swapped"

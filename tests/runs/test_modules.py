@@ -213,10 +213,18 @@ MIXED = {
     ),
 }  # fmt: skip
 BLOCKS = {"qwen-image": "transformer_blocks", "flux": "blocks"}
+FLUX_LONG = ("qwen-image", pytest.param("flux", marks=pytest.mark.long))
+"""The families for what does not depend on the family."""
 
 
-@pytest.mark.parametrize("family", LORA_MODULES)
-@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("everything", "flux"),
+        *((kind, "qwen-image") for kind in MIXED),
+        *(pytest.param(kind, "flux", marks=pytest.mark.long) for kind in MIXED if kind != "everything"),
+    ],
+)
 def test_a_resumed_run_restores_all_of_it_to_the_bit(train, family, kind):
     arguments = MIXED[kind](family)
     train(family, *arguments, steps=3, output="through")
@@ -257,7 +265,7 @@ def test_a_lora_beside_a_frozen_controlnet(train, watch, family):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("family", LORA_MODULES)
+@pytest.mark.parametrize("family", FLUX_LONG)
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -280,7 +288,7 @@ def test_batches_and_recomputed_activations_train_the_same(train, watch, family,
     assert worst < 1e-6 < largest / 100
 
 
-@pytest.mark.parametrize("family", LORA_MODULES)
+@pytest.mark.parametrize("family", FLUX_LONG)
 def test_the_halves_of_split_training_train_a_controlnet_as_the_whole_does(train, family):
     """The precompute task encodes control images without the ControlNet; the train task needs no VAE."""
     arguments = ("--trainable_models", "controlnet")
@@ -294,7 +302,10 @@ def test_the_halves_of_split_training_train_a_controlnet_as_the_whole_does(train
     assert same_files("whole/epoch-0.safetensors", "halves/epoch-0.safetensors")
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("qwen-image", "qwen-image-lora"), ("flux", "flux.1-dev-lora")])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("qwen-image", "qwen-image-lora"), pytest.param("flux", "flux.1-dev-lora", marks=pytest.mark.long)],
+)
 def test_the_command_rehearses(cli, family, recipe):
     """As typed: with hub files that are missing, and a synthetic column."""
     components = (*TEXT_ENCODERS[family], "controlnet")
