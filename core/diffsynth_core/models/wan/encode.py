@@ -74,9 +74,7 @@ def encode_with_condition(encoder: EncoderFacts, components: Mapping[str, Any], 
     latents = encode_normalized(vae, kept)
     mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
     spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    # A clip of conditioning frames alone, as for generating, need not be encoded twice.
-    target = latents if torch.equal(kept, pixels) else encode_normalized(vae, pixels)
-    return {"latents": target, "condition": torch.cat([spread, latents])}
+    return {"latents": encode_normalized(vae, pixels), "condition": torch.cat([spread, latents])}
 
 
 def conditioning_frames(shown: tuple[str, ...]) -> list[int]:
