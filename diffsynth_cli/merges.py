@@ -13,7 +13,7 @@ from diffsynth_cli.stopping import handle_sigint
 from diffsynth_core.config.choices import WeightDtype
 from diffsynth_core.conversion.add_plan import output_of, plan_addition
 from diffsynth_core.conversion.bases import open_base
-from diffsynth_core.conversion.lora_inputs import WeightedFile, WeightedLora
+from diffsynth_core.conversion.lora_inputs import WeightedLora
 from diffsynth_core.conversion.merge_plan import outputs_of, plan_merge
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.provenance import InputHashes
@@ -21,6 +21,7 @@ from diffsynth_core.errors import list_names, raise_if_any
 from diffsynth_core.files import model_base_path
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.weight_writer import output_problems
+from diffsynth_core.weights.weighted_files import WeightedFile
 
 if TYPE_CHECKING:
     from diffsynth_core.adapters.merge import RelativeError

@@ -68,8 +68,8 @@ def merge_lora(
 ) -> None:
     """Plan from headers, then merge piece by piece."""
     from diffsynth_cli import merges
-    from diffsynth_core.conversion.lora_inputs import parse_lora
     from diffsynth_core.conversion.plans import parse_size
+    from diffsynth_core.weights.weighted_files import parse_lora
 
     raise_if_any(_use_problems(base, rank, max_shard_size, family))
     max_shard_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.conversion.bases import open_base
-from diffsynth_core.conversion.lora_inputs import WeightedFile
 from diffsynth_core.conversion.merge_plan import plan_merge
 from diffsynth_core.conversion.merging import merge
 from diffsynth_core.conversion.provenance import InputHashes
@@ -30,6 +29,7 @@ from diffsynth_core.planning.components import find_components
 from diffsynth_core.planning.file_assignment import read_file_set
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.weights.weighted_files import WeightedFile
 from tests.loras import RECIPES, random_lora, save_lora, write_tiny_family
 
 Tensors = Mapping[str, Tensor]

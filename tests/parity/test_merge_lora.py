@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from diffsynth_core.conversion.bases import open_base
-from diffsynth_core.conversion.lora_inputs import WeightedFile
 from diffsynth_core.conversion.merge_plan import plan_merge
 from diffsynth_core.conversion.merging import merge
 from diffsynth_core.conversion.provenance import InputHashes
@@ -23,6 +22,7 @@ from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import Layout
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS
+from diffsynth_core.weights.weighted_files import WeightedFile
 from tests.loras import TinyFamily, random_lora, save_lora
 from tests.parity.models import load_files
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.deltas import module_delta
+from diffsynth_core.adapters.deltas import WeightDelta, module_delta
 from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError, list_names
@@ -39,13 +39,20 @@ class LoraWeights:
     B: Tensor
 
 
-def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, public_keys: KeyMap = SAME_NAMES) -> None:
+def add_lora(
+    model: nn.Module,
+    modules: Sequence[str],
+    rank: int | Mapping[str, int],
+    seed: int,
+    public_keys: KeyMap = SAME_NAMES,
+) -> None:
     """Put a fresh LoRA on modules of a model; only the LoRA and what took gradients before take gradients.
 
     On a model on the meta device the LoRA is too, until `start_lora`.
 
     Args:
         modules: public names.
+        rank: of all, or of each of them.
         public_keys: public names -> names in the model.
 
     Raises:
@@ -56,7 +63,18 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, pub
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     own_names = {module: public_keys.to_targets(module) or () for module in modules}
     targets = [own for names in own_names.values() for own in names]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, targets)), lora_dropout=0.0)
+    most = rank if isinstance(rank, int) else max(rank.values())
+    others = {} if isinstance(rank, int) else {name: one for name, one in rank.items() if one != most}
+    # peft matches a pattern with the end of a module's name; `^` makes it the whole name.
+    patterns = {f"^{re.escape(own)}": one for name, one in others.items() for own in own_names[name]}
+    config = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        rank_pattern=patterns,
+        alpha_pattern=patterns,
+        target_modules="|".join(map(re.escape, targets)),
+        lora_dropout=0.0,
+    )
     device = next(model.parameters()).device
     try:
         # On the meta device, so that peft neither initializes the LoRA nor gives it the dtype of the base.
@@ -183,19 +201,40 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, public_key
                     f"`{path}` has rank {rank} at `{module}`, but the run uses rank {a.shape[0]}",
                     f"pass `--lora_rank {max(ranks.values())}`",
                 )
-            delta = module_delta(lora.modules[module], stream)
-            a[:rank] = delta.A.reshape(rank, *a.shape[1:])
-            kernel = next(iter(parts.values())).shape[2:]
-            b = delta.B.reshape(len(delta.B), rank, *kernel)
-            for name, rows in public_keys.split(f"{module}.weight", b).items():
-                parts[name].zero_()
-                parts[name][:, :rank] = rows.reshape(len(rows), rank, *parts[name].shape[2:])
+            _fill(a, parts, module_delta(lora.modules[module], stream), module, public_keys)
     if not filled:
         raise DiffSynthError(
             f"`{path}` has no LoRA for the {pluralize(len(targets), 'trained module')}",
             "use a LoRA of these modules, or change `--lora_target_modules`",
         )
     return len(filled)
+
+
+@torch.no_grad()
+def set_lora(model: nn.Module, deltas: Mapping[str, WeightDelta], public_keys: KeyMap = SAME_NAMES) -> None:
+    """Set the LoRA of a model so that it changes each weight by a product B A; differences are not looked at.
+
+    Modules without a delta change nothing. Unused rows of A and columns of B are 0.
+
+    Args:
+        deltas: by public module; of at most the rank of the module's LoRA.
+    """
+    for module, (a, parts) in _matrices(model, public_keys).items():
+        for matrix in (a, *parts.values()):
+            matrix.zero_()
+        if delta := deltas.get(module):
+            _fill(a, parts, delta, module, public_keys)
+
+
+def _fill(a: Tensor, parts: Mapping[str, Tensor], delta: WeightDelta, module: str, public_keys: KeyMap) -> None:
+    """Set the first rows of A and columns of B to a delta, and the other columns of B to 0."""
+    rank = delta.rank
+    a[:rank] = delta.A.reshape(rank, *a.shape[1:])
+    kernel = next(iter(parts.values())).shape[2:]
+    b = delta.B.reshape(len(delta.B), rank, *kernel)
+    for name, rows in public_keys.split(f"{module}.weight", b).items():
+        parts[name].zero_()
+        parts[name][:, :rank] = rows.reshape(len(rows), rank, *kernel)
 
 
 def _weight_shapes(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[int, ...]]:

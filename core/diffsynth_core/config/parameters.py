@@ -170,6 +170,7 @@ def _setting(
     family_defaults: Mapping[str, Any] | None = None,
     short: str | None = None,
     reads_data: bool = False,
+    generates: bool = False,
     for_video: bool = False,
     in_recipes: bool = True,
     listed: bool = True,
@@ -191,6 +192,7 @@ def _setting(
         family_defaults: family -> default that replaces `default` there.
         short: letter of the short flag, as in `-v`.
         reads_data: whether it affects how a run reads its dataset, which makes it an option of `dataset validate` too.
+        generates: whether it is an option of `generate` too.
         for_video: whether it is about the length of clips or their frame rate.
         in_recipes: whether a recipe may set it; some are about a single command, and a recipe is for all its runs.
         listed: whether the full plan lists its value; some are about the plan itself.
@@ -208,6 +210,7 @@ def _setting(
         "family_defaults": dict(family_defaults or {}),
         "short": short,
         "reads_data": reads_data,
+        "generates": generates,
         "for_video": for_video,
         "in_recipes": in_recipes,
         "listed": listed,
@@ -235,6 +238,7 @@ class Parameters(BaseModel):
         reads_data=True,
         in_recipes=False,
         listed=False,
+        generates=True,
     )
     config: FilePath | None = _setting(
         None,
@@ -246,6 +250,7 @@ class Parameters(BaseModel):
         reads_data=True,
         in_recipes=False,
         listed=False,
+        generates=True,
     )
     only: str | None = _setting(
         None,
@@ -256,6 +261,7 @@ class Parameters(BaseModel):
         documented=False,
         reads_data=True,
         in_recipes=False,
+        generates=True,
     )
     rehearse: bool = _setting(
         False,
@@ -277,6 +283,7 @@ class Parameters(BaseModel):
         in_recipes=False,
         listed=False,
         rehearsal="own",
+        generates=True,
     )
     verbose: bool = _setting(
         False,
@@ -309,6 +316,7 @@ class Parameters(BaseModel):
         ge=0,
         le=2**63 - 1,
         reads_data=True,
+        generates=True,
     )
     max_steps: Integer | None = _setting(
         None,
@@ -329,6 +337,7 @@ class Parameters(BaseModel):
         changes="nothing",
         documented=False,
         rehearsal="own",
+        generates=True,
     )
     device: str | None = _setting(
         None,
@@ -338,6 +347,7 @@ class Parameters(BaseModel):
         changes="speed",
         documented=False,
         rehearsal="own",
+        generates=True,
     )
     mixed_precision: MixedPrecision | None = _setting(
         None,
@@ -347,6 +357,7 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="precision",
         documented=False,
+        generates=True,
     )
     num_processes: Integer | None = _setting(
         None,
@@ -432,6 +443,7 @@ class Parameters(BaseModel):
         changes="speed",
         documented=False,
         reads_data=True,
+        generates=True,
     )
 
     # size
@@ -445,6 +457,7 @@ class Parameters(BaseModel):
         ge=16,
         reads_data=True,
         rehearsal_limit=REHEARSAL_AREA,
+        generates=True,
     )
     width: Integer | None = _setting(
         None,
@@ -456,6 +469,7 @@ class Parameters(BaseModel):
         ge=16,
         reads_data=True,
         rehearsal_limit=REHEARSAL_AREA,
+        generates=True,
     )
     max_pixels: Integer = _setting(
         1048576,
@@ -467,6 +481,7 @@ class Parameters(BaseModel):
         ge=256,
         reads_data=True,
         rehearsal_limit=REHEARSAL_AREA,
+        generates=True,
     )
     num_frames: Integer = _setting(
         81,
@@ -480,6 +495,7 @@ class Parameters(BaseModel):
         reads_data=True,
         for_video=True,
         rehearsal_limit=9,
+        generates=True,
     )
     frame_rate: Number | None = _setting(
         None,
@@ -516,6 +532,7 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="weights",
         reads_data=True,
+        generates=True,
     )
     model_id_with_origin_paths: CommaList = _setting(
         (),
@@ -525,6 +542,7 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="weights",
         reads_data=True,
+        generates=True,
     )
     extra_inputs: CommaList = _setting(
         (),
@@ -533,6 +551,7 @@ class Parameters(BaseModel):
         "Additional model inputs: metadata columns, or for Wan `input_image` and `end_image`, the first and last frame of the clip",
         changes="numbers",
         reads_data=True,
+        generates=True,
     )
     fp8_models: CommaList = _setting(
         (),
@@ -541,6 +560,7 @@ class Parameters(BaseModel):
         "Entries of the model parameters whose frozen weights are stored in 8-bit floats (e4m3), half the memory of bf16, and upcast for each computation; applies to the linear layers in blocks, which hold nearly all weights; any file of a list of shards stands for the whole list; not for components trained in full",
         changes="numbers",
         compared="storage",
+        generates=True,
     )
     offload_models: CommaList = _setting(
         (),
@@ -775,6 +795,7 @@ class Parameters(BaseModel):
         compared="weights",
         families=("qwen-image", "wan", "flux2"),
         reads_data=True,
+        generates=True,
     )
     processor_path: FolderName | None = _setting(
         None,
@@ -785,6 +806,7 @@ class Parameters(BaseModel):
         compared="weights",
         families=("qwen-image",),
         reads_data=True,
+        generates=True,
     )
     tokenizer_1_path: str | None = _setting(
         None,
@@ -795,6 +817,7 @@ class Parameters(BaseModel):
         compared="weights",
         families=("flux",),
         reads_data=True,
+        generates=True,
     )
     tokenizer_2_path: str | None = _setting(
         None,
@@ -805,6 +828,7 @@ class Parameters(BaseModel):
         compared="weights",
         families=("flux",),
         reads_data=True,
+        generates=True,
     )
     align_to_opensource_format: bool = _setting(
         False,
@@ -824,6 +848,7 @@ class Parameters(BaseModel):
         "Qwen-Image-Edit-2511: modulate the tokens of reference images with timestep 0",
         changes="numbers",
         families=("qwen-image",),
+        generates=True,
     )
 
     def given(self, name: str) -> bool:
@@ -849,6 +874,7 @@ class Setting:
     choices: tuple[str, ...]
     help_text: str
     reads_data: bool
+    generates: bool
     for_video: bool
     in_recipes: bool
     listed: bool
@@ -897,6 +923,7 @@ def _read_settings() -> Iterator[Setting]:
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
             reads_data=facts["reads_data"],
+            generates=facts["generates"],
             for_video=facts["for_video"],
             in_recipes=facts["in_recipes"],
             listed=facts["listed"],

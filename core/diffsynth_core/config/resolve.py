@@ -115,6 +115,28 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
     return _check_shared_folders(found)
 
 
+def resolve_recorded(
+    recorded: Mapping[str, Any],
+    family: str,
+    source: str,
+    flags: Mapping[str, Any],
+    unknown: Sequence[str] = (),
+) -> Resolved:
+    """Resolve the parameters of a recorded run: flags > record > default.
+
+    Args:
+        recorded: all parameters of the run, by name.
+        source: the record, for messages.
+        flags, unknown: as for `resolve_stages`.
+    """
+    with collect_problems() as problems:
+        report(*unknown_arguments(unknown))
+        valueless = frozenset(name for name, value in flags.items() if _has_no_value(name, value))
+        given = Overrides({name: value for name, value in flags.items() if name not in valueless})
+        sources = rank_sources([("config", source, Overrides(dict(recorded))), ("flag", "command line", given)])
+    return _resolve_one(sources, None, None, family, tuple(problems), False, valueless)
+
+
 def _resolve_one(
     sources: Sequence[Source],
     stage: str | None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffsynth_core.config.choices import LoraFormat, WeightDtype
-from diffsynth_core.conversion.lora_inputs import WeightedFile, WeightedLora, open_lora_file
+from diffsynth_core.conversion.lora_inputs import WeightedLora, open_lora_file
 from diffsynth_core.conversion.lora_source import RecognizedLora, open_lora
 from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
@@ -29,6 +29,7 @@ from diffsynth_core.weights.lora_keys import (
 )
 from diffsynth_core.weights.weight_sets import ENDING
 from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, Pieces, aligned
+from diffsynth_core.weights.weighted_files import WeightedFile
 
 PREFIXES = (
     "lora_unet_",

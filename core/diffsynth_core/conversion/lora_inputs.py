@@ -1,6 +1,5 @@
-"""LoRA files as `merge-lora` takes them, each with a weight. No torch."""
+"""LoRA files as `merge-lora` takes them. No torch."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,34 +11,7 @@ from diffsynth_core.weights.lora import Lora
 from diffsynth_core.weights.lora_files import read_lora_file
 from diffsynth_core.weights.lora_formats import TEXT_ENCODER_PREFIXES
 from diffsynth_core.weights.weight_sets import WeightSet, open_weights
-
-
-@dataclass(frozen=True)
-class WeightedFile:
-    """A LoRA file and its factor."""
-
-    path: Path
-    weight: float = 1.0
-
-
-def parse_lora(text: str) -> WeightedFile:
-    """`FILE` or `FILE:WEIGHT`; a file whose whole name is `text` takes precedence.
-
-    Raises:
-        DiffSynthError: when the weight is not a finite number.
-    """
-    path, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return WeightedFile(Path(text))
-    try:
-        weight = float(number)
-    except ValueError:
-        if not Path(path).is_file():
-            return WeightedFile(Path(text))  # a colon in the name of a file that does not exist
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise DiffSynthError(f"`--lora` `{text}`: the weight is not a finite number", "use a number such as 0.8")
-    return WeightedFile(Path(path), weight)
+from diffsynth_core.weights.weighted_files import WeightedFile
 
 
 def open_lora_file(path: Path) -> WeightSet:

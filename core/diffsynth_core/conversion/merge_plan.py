@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from diffsynth_core.config.choices import WeightDtype
 from diffsynth_core.conversion.bases import Base
-from diffsynth_core.conversion.lora_inputs import WeightedFile, WeightedLora, match_lora
+from diffsynth_core.conversion.lora_inputs import WeightedLora, match_lora
 from diffsynth_core.conversion.provenance import merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import stem_of_shard
@@ -26,6 +26,7 @@ from diffsynth_core.weights.weight_writer import (
     make_index,
     plan_shards,
 )
+from diffsynth_core.weights.weighted_files import WeightedFile
 
 FORMATS = {name: SAFETENSORS_NAMES[name] for name in get_args(WeightDtype)}
 """Value of `--dtype` -> safetensors dtype."""

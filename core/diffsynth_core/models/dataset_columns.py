@@ -88,7 +88,7 @@ def column_hints(parameters: Parameters, facts: FamilyFacts, variant: Variant) -
 def setting_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     """Parameters that decide how the dataset is read, and that this kind of model cannot be trained with."""
     return [
-        *_size_problems(parameters, variant),
+        *size_problems(parameters.height, parameters.width, parameters.num_frames, variant),
         *_input_problems(parameters, variant),
         *_file_key_problems(parameters, variant),
     ]
@@ -109,12 +109,11 @@ def _file_key_problems(parameters: Parameters, variant: Variant) -> list[Problem
     ]
 
 
-def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
+def size_problems(height: int | None, width: int | None, num_frames: int, variant: Variant) -> list[Problem]:
     """Sides and numbers of frames that the model cannot take."""
     problems = []
     factor, step = variant.target.size_factor, variant.target.frame_step
-    for side in ("height", "width"):
-        value = getattr(parameters, side)
+    for side, value in (("height", height), ("width", width)):
         if value is not None and value % factor:
             nearest = max(factor, value // factor * factor)
             problems.append(
@@ -124,11 +123,11 @@ def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
                     wrong_use=True,
                 )
             )
-    if variant.target.kind == "video" and (parameters.num_frames - 1) % step:
-        nearest = max(0, parameters.num_frames - 1) // step * step + 1
+    if variant.target.kind == "video" and (num_frames - 1) % step:
+        nearest = max(0, num_frames - 1) // step * step + 1
         problems.append(
             Problem(
-                f"`num_frames` {parameters.num_frames} is not of the form {step}n + 1, which {variant.title} requires",
+                f"`num_frames` {num_frames} is not of the form {step}n + 1, which {variant.title} requires",
                 f"pass `--num_frames {nearest}` or `{nearest + step}`",
                 wrong_use=True,
             )

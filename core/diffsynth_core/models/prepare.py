@@ -1,5 +1,6 @@
 """Making a component ready to train: which of its weights take gradients, its LoRA, recomputed activations."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +15,7 @@ class ComponentSetup:
     """How a component takes part in a training step.
 
     `trained`: names of parameters that take gradients, without LoRA.
-    `lora_modules`: public names of the modules that carry a LoRA of this `rank`.
+    `lora_modules`: public names of the modules that carry a LoRA of this `rank`, or of the rank of each.
     `public_keys`: public names -> names in the module. `seed`: of the LoRA's initial weights.
     `checkpointing`: the backward pass recomputes activations (gradient checkpointing).
     """
@@ -22,7 +23,7 @@ class ComponentSetup:
     trained: frozenset[str] = frozenset()
     lora_modules: tuple[str, ...] = ()
     public_keys: KeyMap = SAME_NAMES
-    rank: int = 0
+    rank: int | Mapping[str, int] = 0
     seed: int = 0
     checkpointing: bool = False
 

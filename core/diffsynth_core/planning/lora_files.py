@@ -56,16 +56,13 @@ def check_lora_checkpoint(
     path = parameters.lora_checkpoint
     if path is None or not _is_there(path, "lora_checkpoint"):
         return None
-    naming = found.facts.component(component).lora_naming
-    shapes = _tensor_shapes(component, found)
     try:
-        removal = _removal(path, component, found)
-        file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=_or_another(removal))
+        file = read_lora_of(path, component, found)
     except DiffSynthError as error:
         report(*error.problems)
         return None
     if file.tensors:
-        report(_differences_problem(path, component, file, removal))
+        report(_differences_problem(path, component, file, _removal(path, component, found)))
         return None
     ranks = file.ranks
     if "lora_rank" not in invalid:
@@ -151,11 +148,8 @@ def find_fused_lora(parameters: Parameters, found: ModelPlan) -> FusedLora | Non
             )
         )
         return None
-    shapes, naming = _tensor_shapes(component, found), found.facts.component(component).lora_naming
-    way_out = _or_another(_removal(path, component, found))
     try:
-        file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
-        return FusedLora(component, file, shapes)
+        return FusedLora(component, read_lora_of(path, component, found), tensor_shapes(component, found))
     except DiffSynthError as error:
         report(*error.problems)
         return None
@@ -168,7 +162,18 @@ def _is_there(path: Path, parameter: str) -> bool:
     return True
 
 
-def _tensor_shapes(component: str, found: ModelPlan) -> dict[str, tuple[int, ...]]:
+def read_lora_of(path: Path, component: str, found: ModelPlan) -> Lora:
+    """Return the LoRA in a file, matched to the modules of a component.
+
+    Raises:
+        DiffSynthError: as `read_lora_file`.
+    """
+    shapes, naming = tensor_shapes(component, found), found.facts.component(component).lora_naming
+    way_out = _or_another(_removal(path, component, found))
+    return read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
+
+
+def tensor_shapes(component: str, found: ModelPlan) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a component's tensors, by public name."""
     return found.components[component].layout.public_shapes(found.shapes[component])
 

@@ -16,10 +16,10 @@ from diffsynth_core.adapters.deltas import WeightDelta
 from diffsynth_core.adapters.merge import truncate
 from diffsynth_core.conversion.add_loras import AddResult, add_loras
 from diffsynth_core.conversion.add_plan import plan_addition
-from diffsynth_core.conversion.lora_inputs import WeightedFile
 from diffsynth_core.conversion.provenance import MERGED, InputHashes
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.weights.weighted_files import WeightedFile
 from tests.naming import names
 
 ROWS, COLUMNS = 12, 9

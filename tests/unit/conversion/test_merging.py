@@ -14,12 +14,12 @@ from torch.testing import assert_close
 
 from diffsynth_core.conversion import merging
 from diffsynth_core.conversion.bases import open_base
-from diffsynth_core.conversion.lora_inputs import WeightedFile, parse_lora
 from diffsynth_core.conversion.merge_plan import plan_merge
 from diffsynth_core.conversion.merging import MergeResult, merge
 from diffsynth_core.conversion.provenance import MERGED, InputHashes
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.weights.weighted_files import WeightedFile, parse_lora
 from tests.naming import names
 
 WIDTH = 4
