@@ -63,6 +63,12 @@ def with_checkpoint(resolved: Resolved, path: Path | None, base: Path) -> tuple[
     return drop_replaced_entries(changed), Replaced(component, named, _config_of(named, local is not None, base))
 
 
+def with_inputs(resolved: Resolved, inputs: Sequence[str]) -> Resolved:
+    """Return the parameters with extra inputs that are given besides their own."""
+    asked = tuple(dict.fromkeys((*resolved.parameters.extra_inputs, *inputs)))
+    return replace(resolved, parameters=resolved.parameters.model_copy(update={"extra_inputs": asked}))
+
+
 def find_model(
     resolved: Resolved, replaced: Replaced | None, inputs: Sequence[str], base: Path
 ) -> tuple[Resolved, ModelPlan | None]:
@@ -75,15 +81,13 @@ def find_model(
     """
     if resolved.incomplete:
         return resolved, None
-    asked = tuple(dict.fromkeys((*resolved.parameters.extra_inputs, *inputs)))
-    parameters = resolved.parameters.model_copy(update={"extra_inputs": asked})
-    found = find_components(parameters, resolved.family, base)
-    resolved = replace(resolved, parameters=parameters)
+    resolved = with_inputs(resolved, inputs)
+    found = find_components(resolved.parameters, resolved.family, base)
     if found is None:
         return resolved, None
     if resolved.family is None:
         resolved = resolved.with_defaults_of(found.facts.name)
-    found = _as_named(found, replaced, asked) if replaced else found
+    found = _as_named(found, replaced, resolved.parameters.extra_inputs) if replaced else found
     report(*shape_faults(found))
     fused_lora = find_fused_lora(resolved.parameters, found)
     return resolved, replace(found, stored=stored_shares(found), fused_lora=fused_lora)

@@ -7,6 +7,7 @@ counted is what operations need while they work, nor the driver.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from diffsynth_core.config.choices import COMPUTE_DTYPES
 from diffsynth_core.models.bases import part_of
@@ -22,6 +23,7 @@ from diffsynth_core.planning.activations import (
     trainable_weights,
 )
 from diffsynth_core.planning.memory_config import MemoryConfig
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import components_of
@@ -31,6 +33,14 @@ from diffsynth_core.weights.base_files import FLOAT8
 GRADIENT_BYTES = 4
 PREFETCHED = 2
 """Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
+
+
+class Planned(Protocol):
+    """A plan of any command that loads a model."""
+
+    @property
+    def model(self) -> ModelPlan:
+        """The model."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ def unknown_parts(plan: RunPlan) -> list[str]:
     return sorted(unknown)
 
 
-def count_parameters(plan: RunPlan, component: str) -> int:
+def count_parameters(plan: Planned, component: str) -> int:
     """Number of parameters of a component; 0 if unknown."""
     shapes = plan.model.shapes.get(component)
     if shapes:
@@ -196,13 +206,22 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
 
 def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     """Bytes of a component's weights: float32 where they train, else as the run keeps them."""
-    low = BYTES[COMPUTE_DTYPES[config.precision]]
+    shapes = plan.model.shapes.get(component, {})
+    files = plan.model.components.get(component)
+    trained = plan.training.weights(component, files.layout, shapes) if files and shapes else frozenset()
+    return frozen_bytes(plan, component, config.precision, config.storage.get(component, "plain"), trained)
+
+
+def frozen_bytes(
+    plan: Planned, component: str, precision: str, storage: str, trained: frozenset[str] = frozenset()
+) -> int:
+    """Bytes of a component's weights in a weight store; those in `trained`, by module key, are float32."""
+    low = BYTES[COMPUTE_DTYPES[precision]]
     shapes = plan.model.shapes.get(component)
     if not shapes:
         return count_parameters(plan, component) * low
-    fp32 = set(filter(plan.model.facts.component(component).stays_float32, shapes))
-    fp32 |= plan.training.weights(component, plan.model.components[component].layout, shapes)
-    kept = STORES[config.storage[component]].bytes_per_weight
+    fp32 = {*filter(plan.model.facts.component(component).stays_float32, shapes), *trained}
+    kept = STORES[storage].bytes_per_weight
     sizes: dict[str, float] = {f"{layer}.weight": kept for layer in layers_of_blocks(shapes)} if kept else {}
     sizes |= dict.fromkeys(fp32, BYTES["float32"])
     return round(sum(math.prod(shape) * sizes.get(name, low) for name, shape in shapes.items()))
@@ -285,7 +304,7 @@ def stored_bytes(plan: RunPlan, component: str) -> float:
     return written / sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def file_bytes(plan: RunPlan, component: str) -> int:
+def file_bytes(plan: Planned, component: str) -> int:
     """Of a component in files, those that are there or those that are published."""
     if component in plan.model.published:
         published = plan.model.published[component]
@@ -298,7 +317,7 @@ def has_scales(plan: RunPlan, component: str) -> bool:
     return component not in plan.model.published and bool(part_of(plan.model.components[component]).scales)
 
 
-def download_bytes(plan: RunPlan) -> int:
+def download_bytes(plan: Planned) -> int:
     """Of the components whose files are not there, as they are published."""
     return sum(file_bytes(plan, name) for name in plan.model.published)
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.synthetic_images import draw_images
@@ -30,7 +30,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     """Return the parameters of the rehearsal and the folder of its models; writes tiny weights and synthetic media."""
     resolved = drop_replaced_entries(resolved)
     parameters = resolved.parameters
-    folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
+    folder = rehearsal_folder(parameters)
     with collect_problems() as problems:
         named = named_models(parameters)
         facts = family_of(resolved, named)
@@ -39,7 +39,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
             return replace(resolved, problems=(*resolved.problems, unknown), incomplete=True), folder
         if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
             return resolved, folder  # planning reports why
-        base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
+        base = models_folder(parameters, facts.name)
         changes = swap_models(parameters, named, facts, base)
         columns = TASKS[parameters.task].columns
         if columns and not resolved.origin("dataset_base_path").is_given:
@@ -69,6 +69,16 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
         problems=(*resolved.problems, *problems),
         incomplete=incomplete,
     ), base
+
+
+def rehearsal_folder(parameters: Parameters) -> Path:
+    """Return the folder of everything that rehearsals write besides their runs."""
+    return (parameters.cache_path or default_cache_path()) / "rehearsal"
+
+
+def models_folder(parameters: Parameters, family: str) -> Path:
+    """Return the folder of the tiny models of a family."""
+    return rehearsal_folder(parameters) / f"{family}-v{WEIGHTS_VERSION}"
 
 
 def _draw(folder: Path, variant: Variant) -> Path:

@@ -1,0 +1,133 @@
+"""Checks of sizes, guidance and images against the model that draws. No torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.data.conditions import Condition
+from diffsynth_core.data.images import ImageHeader, read_image_header
+from diffsynth_core.errors import DiffSynthError, Problem, report, suggest
+from diffsynth_core.generation.prompts import PromptRow
+from diffsynth_core.generation.request import GenerationRequest
+from diffsynth_core.models.dataset_columns import size_problems
+from diffsynth_core.models.spec import FamilyFacts, Variant
+
+MOST_ENLARGED = 16
+"""An image or clip of more than this many times the usual number of pixels is a mistake: attention would take 256 times
+as long."""
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """Size of an image or clip in pixels and frames."""
+
+    height: int
+    width: int
+    num_frames: int = 1
+
+
+def check_size(size: ImageSize, variant: Variant) -> None:
+    """Report a size that the model cannot draw."""
+    problems = size_problems(size.height, size.width, size.num_frames, variant)
+    if variant.target.kind == "image" and size.num_frames != 1:
+        what = f"`num_frames` is {size.num_frames}, but {variant.title} draws images"
+        problems.append(Problem(what, "remove it", wrong_use=True))
+    usual = variant.sampling.height * variant.sampling.width * variant.sampling.num_frames
+    if size.height * size.width * size.num_frames > MOST_ENLARGED * usual:
+        frames = f" x {size.num_frames} frames" if variant.target.kind == "video" else ""
+        usually = f"{variant.sampling.height} x {variant.sampling.width}"
+        usually += f" x {variant.sampling.num_frames} frames" if variant.target.kind == "video" else ""
+        what = f"{size.height} x {size.width}{frames} is more than {MOST_ENLARGED} times the usual {usually}"
+        problems.append(Problem(f"{what} of {variant.title}", "pass a smaller `--height` and `--width`", wrong_use=True))
+    report(*problems)
+
+
+def check_guidance(request: GenerationRequest, rows: Sequence[PromptRow], cfg_scale: float, variant: Variant) -> None:
+    """Report a guidance that has no effect."""
+    if request.guidance is not None and variant.sampling.guidance is None:
+        what = f"`guidance` has no effect: {variant.title} has no guidance embedder"
+        report(Problem(what, "remove it, or set `--cfg_scale`", wrong_use=True))
+    negative = next((row.where for row in rows if row.negative_prompt), "")
+    if request.negative_prompt:
+        negative = "`--negative_prompt`"
+    if negative and cfg_scale == 1:
+        where = negative if negative.startswith("`--") else f"the negative prompt of {negative}"
+        what = f"{where} has no effect without classifier-free guidance: `cfg_scale` is 1"
+        report(Problem(what, "pass `--cfg_scale` above 1, such as 4, or remove it", wrong_use=True))
+
+
+class ImageChecks:
+    """Checks the images of prompts against what a model takes; a file is opened once."""
+
+    def __init__(self, facts: FamilyFacts, variant: Variant, needed: Sequence[str], max_pixels: int) -> None:
+        """`needed`: extra inputs of the run; the model may require others. `max_pixels`: of reference images."""
+        self._facts, self._variant, self._max_pixels = facts, variant, max_pixels
+        accepted = [name for name in needed if name in variant.accepted_inputs]
+        self._needed = dict.fromkeys((*accepted, *variant.required_inputs))
+        self._headers: dict[Path, ImageHeader | None] = {}
+
+    def check(self, rows: Sequence[PromptRow], images: Mapping[str, tuple[Path, ...]]) -> None:
+        """Report images that the model does not take, too many, missing or unreadable ones.
+
+        Args:
+            images: extra input -> files, for the prompts that have none of their own.
+        """
+        found = [problem for name, paths in images.items() for problem in self._of_input(f"`--{name}`", name, paths)]
+        for row in rows:
+            for name, paths in row.images.items():
+                found += self._of_input(f"{row.where}, `{name}`", name, paths)
+        for name in self._needed:
+            lacking = [row for row in rows if not (row.images.get(name) or images.get(name))]
+            if rows and len(lacking) == len(rows):
+                found.append(self._lacking("", name))
+            else:
+                found += [self._lacking(f"{row.where}: ", name) for row in lacking]
+        report(*found)
+
+    def _of_input(self, where: str, name: str, paths: Sequence[Path]) -> Iterator[Problem]:
+        if name not in self._variant.accepted_inputs:
+            yield _not_taken(where, name, self._variant)
+            return
+        conditions = [one for one in self._variant.conditions if one.column == name]
+        most = 1 if name in self._facts.frame_inputs else conditions[0].max_count if conditions else None
+        if most is not None and len(paths) > most:
+            images = "one image" if most == 1 else f"at most {most} images"
+            what = f"{where}: {self._variant.title} takes {images}, got {len(paths)}"
+            yield Problem(what, f"pass {images}", wrong_use=True)
+        for path in paths:
+            yield from self._of_file(where, path, conditions)
+
+    def _of_file(self, where: str, path: Path, conditions: Sequence[Condition]) -> Iterator[Problem]:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            yield Problem(f"{where}: `{path}` {what}", "correct the path", wrong_use=True)
+            return
+        if path not in self._headers:
+            try:
+                self._headers[path] = read_image_header(path)
+            except DiffSynthError as error:
+                self._headers[path] = None
+                yield Problem(f"{where}: {error.problems[0].message}", "pass another image")
+            except OSError as error:
+                self._headers[path] = None
+                yield Problem(f"{where}: `{path}` cannot be read: {error.strerror}", "change its permissions")
+        header = self._headers[path]
+        for condition in conditions if header else ():
+            assert header is not None
+            if callable(condition.size) and not min(condition.size(header.width, header.height, self._max_pixels)):
+                what = f"{where}: `{path}` is too small or too narrow as a reference image of this model"
+                yield Problem(what, "pass another image")
+                return
+
+    def _lacking(self, where: str, name: str) -> Problem:
+        what = f"{where}{self._variant.title} draws from `{name}`, and none is given"
+        if name in self._variant.required_inputs:
+            return Problem(what, f"pass `--{name} FILE`", wrong_use=True)
+        return Problem(what, f'pass `--{name} FILE`, or draw without it: `--extra_inputs ""`', wrong_use=True)
+
+
+def _not_taken(where: str, name: str, variant: Variant) -> Problem:
+    near = suggest(name, variant.accepted_inputs)
+    known = f"it takes {', '.join(variant.accepted_inputs)}" if variant.accepted_inputs else "remove it"
+    hint = f"did you mean `--{near}`?" if near else known
+    return Problem(f"{where}: {variant.title} does not take `{name}`", hint, wrong_use=True)

@@ -1,0 +1,37 @@
+"""Prompts of a run: the first captions of its dataset, with their reference images. No torch."""
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.data.metadata import read_metadata
+from diffsynth_core.data.rows import read_rows
+from diffsynth_core.errors import DiffSynthError, Problem, report
+from diffsynth_core.generation.prompts import PromptRow
+from diffsynth_core.models.dataset_columns import columns_of_run
+from diffsynth_core.planning.model_plan import ModelPlan
+
+MAX_CAPTIONS = 4
+"""Maximum number of captions that are drawn."""
+GIVE_PROMPTS = "pass `--prompt TEXT` or `--prompts FILE`"
+"""Hint for a run without captions."""
+
+
+def prompts_of_run(parameters: Parameters, found: ModelPlan) -> list[PromptRow]:
+    """Return the first distinct captions of a run's dataset. Reports problems."""
+    folder, facts, variant = parameters.dataset_base_path, found.facts, found.variant
+    try:
+        metadata = read_metadata(
+            folder, parameters.dataset_metadata_path, facts.text_column, variant.target.column, variant.target.kind
+        )
+    except DiffSynthError as error:
+        report(Problem(f"no captions of the run: {error.problems[0].message}", GIVE_PROMPTS))
+        return []
+    rows = read_rows(metadata, columns_of_run(parameters, facts, variant), "named")
+    columns = dict.fromkeys(condition.column for condition in variant.conditions)
+    prompts: dict[str, PromptRow] = {}
+    for record in rows.records:
+        if record.row not in rows.faulty and record.caption and record.caption not in prompts:
+            images = {name: tuple(metadata.base / path for path in record.files.get(name, ())) for name in columns}
+            where = f"`{metadata.origin}` row {record.row}"
+            prompts[record.caption] = PromptRow(where, record.caption, images=images)
+    if not prompts:
+        report(Problem(f"the dataset of the run, `{folder}`, has no captions", GIVE_PROMPTS))
+    return list(prompts.values())[:MAX_CAPTIONS]
