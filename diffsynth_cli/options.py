@@ -1,8 +1,8 @@
-"""The options of `train`, generated from the declaration of parameters."""
+"""Options generated from the declaration of parameters: all of `train`, and those that other commands share."""
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Setting
 from diffsynth_core.config.recipes import launcher_presets, recipe_names
+from diffsynth_core.errors import Problem, suggest
 
 METAVARS = {
     "int": "INTEGER",
@@ -51,23 +52,49 @@ def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int
     return command
 
 
-def setting_option(setting: Setting) -> Any:
-    """The option's type for Typer; values other than flags stay strings, which the declaration itself converts."""
+def setting_option(setting: Setting, help_text: str | None = None) -> Any:
+    """The option's type for Typer; values other than flags stay strings, which the declaration itself converts.
+
+    `help_text`: what the parameter does in this command; None: as declared.
+    """
+    help_text = help_text or setting.help_text
     short = [f"-{setting.short}"] if setting.short else []
     if setting.type_name == "bool":
         names = (f"--{setting.name}/--no_{setting.name}", *short)
-        return Annotated[bool | None, typer.Option(*names, help=setting.help_text, show_default=False)]
+        return Annotated[bool | None, typer.Option(*names, help=help_text, show_default=False)]
     return Annotated[
         str | None,
         typer.Option(
             f"--{setting.name}",
             *short,
             metavar=metavar(setting),
-            help=setting.help_text,
+            help=help_text,
             show_default=False,
             autocompletion=_completions(setting),
         ),
     ]
+
+
+def unknown_options(words: Sequence[str], known: Sequence[str], command: str, refusal: str) -> list[Problem]:
+    """The words that no option of a command took: a parameter of training, or a misspelling.
+
+    Words that are no options may be the values of some, and are named only where there are none.
+
+    Args:
+        known: names of the options.
+        refusal: what is said of a parameter of training.
+    """
+    names = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+    problems = []
+    for given in names:
+        name = given.removeprefix("--").replace("-", "_")
+        if name.removeprefix("no_") in SETTINGS or name in SETTINGS:
+            problems.append(Problem(f"`{given}` {refusal}", "remove it", wrong_use=True))
+            continue
+        near = suggest(name, known)
+        hint = f"did you mean `--{near}`?" if near else f"see `diffsynth {command} --help`"
+        problems.append(Problem(f"`{given}` is not an option of `{command}`", hint, wrong_use=True))
+    return problems
 
 
 def _completions(setting: Setting) -> Callable[[str], list[str]]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffsynth_cli.options import BOTH_SPELLINGS, setting_option
+from diffsynth_cli.options import BOTH_SPELLINGS, setting_option, unknown_options
 from diffsynth_cli.printing import echo
 from diffsynth_cli.stopping import handle_sigint
 from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.dataset_report.thresholds import Thresholds, threshold_facts
-from diffsynth_core.errors import Problem, raise_if_any, suggest
+from diffsynth_core.errors import Problem, raise_if_any
 from diffsynth_core.progress import format_bytes, pluralize
 
 if TYPE_CHECKING:
@@ -173,23 +173,10 @@ def _with_options() -> Any:
 
 
 def _unknown_options(words: Sequence[str]) -> list[Problem]:
-    """What no option took: a parameter of training that has no say in how data is read, or a misspelling.
-
-    Words that are no options may be the values of some, and are named only where there are none.
-    """
-    names = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+    """What no option took: a parameter of training that has no say in how data is read, or a misspelling."""
     known = [*threshold_facts(), *(name for name, setting in SETTINGS.items() if setting.reads_data), *OWN_OPTIONS]
-    problems = []
-    for given in names:
-        name = given.removeprefix("--").replace("-", "_")
-        if name.removeprefix("no_") in SETTINGS or name in SETTINGS:
-            what = f"`{given}` is an option of `train` that does not change how the dataset is read"
-            problems.append(Problem(what, "remove it", wrong_use=True))
-            continue
-        near = suggest(name, known)
-        hint = f"did you mean `--{near}`?" if near else "see `diffsynth dataset validate --help`"
-        problems.append(Problem(f"`{given}` is not an option of `dataset validate`", hint, wrong_use=True))
-    return problems
+    refusal = "is an option of `train` that does not change how the dataset is read"
+    return unknown_options(words, known, "dataset validate", refusal)
 
 
 def _print(report: "Report", output_format: ReportFormat) -> None:
