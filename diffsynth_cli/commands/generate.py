@@ -111,9 +111,7 @@ def generate(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Output folder, new or empty; default: `generated/<recipe or run>`"
-        ),
+        typer.Option("--out", metavar="DIR", help="Output folder, new or empty; default: `generated/<recipe or run>`"),
     ] = None,
     output_format: OutputFormat = PlanFormat.TABLE,
     **values: Any,

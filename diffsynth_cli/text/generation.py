@@ -38,7 +38,7 @@ def plan_lines(generation: Generation) -> Iterator[str]:
     if missing:
         yield _labeled("Missing", f"model files, {format_bytes(download_bytes(plan))} to download")
     yield _labeled("Draws", _what(generation, job))
-    if job.negative_prompt:
+    if job.negative_prompt.strip():  # that of Qwen-Image is a space
         yield _labeled("", f"negative prompt: {truncate(job.negative_prompt, SHOWN)}")
     for line in _prompt_lines(generation):
         yield _labeled("", line)

@@ -64,9 +64,9 @@ def add_lora(
     own_names = {module: public_keys.to_targets(module) or () for module in modules}
     targets = [own for names in own_names.values() for own in names]
     most = rank if isinstance(rank, int) else max(rank.values())
-    others = {} if isinstance(rank, int) else {name: one for name, one in rank.items() if one != most}
+    lower = {} if isinstance(rank, int) else {name: one for name, one in rank.items() if one != most}
     # peft matches a pattern with the end of a module's name; `^` makes it the whole name.
-    patterns = {f"^{re.escape(own)}": one for name, one in others.items() for own in own_names[name]}
+    patterns = {f"^{re.escape(own)}": one for name, one in lower.items() for own in own_names[name]}
     config = LoraConfig(
         r=most,
         lora_alpha=most,

@@ -38,7 +38,9 @@ def check_size(size: ImageSize, variant: Variant) -> None:
         usually = f"{variant.sampling.height} x {variant.sampling.width}"
         usually += f" x {variant.sampling.num_frames} frames" if variant.target.kind == "video" else ""
         what = f"{size.height} x {size.width}{frames} is more than {MOST_ENLARGED} times the usual {usually}"
-        problems.append(Problem(f"{what} of {variant.title}", "pass a smaller `--height` and `--width`", wrong_use=True))
+        problems.append(
+            Problem(f"{what} of {variant.title}", "pass a smaller `--height` and `--width`", wrong_use=True)
+        )
     report(*problems)
 
 

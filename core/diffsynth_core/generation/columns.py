@@ -131,7 +131,9 @@ class LoraReader:
     def _match(self, path: Path, component: str | None) -> tuple[Lora, str] | None:
         """Return a LoRA and the component that it is for: the denoiser, or one that runs in every step beside it."""
         facts = self._found.facts
-        drawing = [name for name in (facts.denoiser, *self._found.variant.step_components) if self._found.shapes.get(name)]
+        drawing = [
+            name for name in (facts.denoiser, *self._found.variant.step_components) if self._found.shapes.get(name)
+        ]
         if component and component not in drawing:
             hint = f"only LoRAs of {' and '.join(drawing)} can be drawn with"
             report(Problem(f"`{path}` is a LoRA of {component}", hint))
@@ -156,5 +158,7 @@ def _other_family(path: Path, found: ModelPlan) -> Problem | None:
     best = best_readings(readings, tensors) if readings and tensors else []
     if not best or best[0].match.unmatched or any(one.facts is found.facts for one in best):
         return None
-    what = f"`{path}` is a LoRA of {' or '.join(one.facts.title for one in best)}, but the model is {found.variant.title}"
+    what = (
+        f"`{path}` is a LoRA of {' or '.join(one.facts.title for one in best)}, but the model is {found.variant.title}"
+    )
     return Problem(what, "pass a LoRA of this model", wrong_use=True)

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from diffsynth_core.errors import Interrupted
 from diffsynth_core.generation.encoding import EncodedJob, encode_jobs
-from diffsynth_core.generation.job import GenerationJob, GenerationPlan
+from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
+from diffsynth_core.generation.loras import lora_setup, merged_differences, set_loras
 from diffsynth_core.generation.sampling import Sampler
 from diffsynth_core.models.family import Encoded, encoder_dtype, frozen_dtype
+from diffsynth_core.models.loading import WeightChange
+from diffsynth_core.models.prepare import FROZEN, ComponentSetup
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.planning.loading import free_device_memory, load_planned
@@ -86,12 +89,34 @@ class _Drawing:
         self._plan, self._reporter, self._stop = plan, reporter, stop
         self._precision = plan.machine.mixed_precision
         self._samplers: dict[int, Sampler] = {}
+        self._active: dict[str, tuple[AppliedLora, ...]] = {}
+        """Component -> LoRAs that its module has now; none before it carries any."""
 
     def load_step(self, denoiser: str) -> dict[str, nn.Module]:
         """Load a denoiser, and what else runs in its steps; either of two denoisers is the family's `denoiser`."""
         model = self._plan.model
         files = {model.facts.denoiser: denoiser, **{name: name for name in model.variant.step_components}}
-        return {name: self._load(component, frozen_dtype(self._precision)) for name, component in files.items()}
+        self._active = {}
+        return {name: self._load_with_loras(component) for name, component in files.items()}
+
+    def _load_with_loras(self, component: str) -> nn.Module:
+        """Load a component that carries the LoRAs of all jobs, and none of them yet."""
+        jobs, public_keys = self._plan.jobs, self._plan.model.components[component].layout.public_keys
+        setup = lora_setup(jobs, component, public_keys)
+        with merged_differences(jobs[0].adapters, component, public_keys) as change:
+            module = self._load(component, frozen_dtype(self._precision), setup, change)
+        if setup.lora_modules:
+            self._active[component] = ()
+        return module
+
+    def _set_loras(self, components: Mapping[str, Any], stage: "_Stage", job: GenerationJob) -> None:
+        """Set the LoRAs of a job where the module has others."""
+        model = self._plan.model
+        for component in self._active:
+            if self._active[component] != job.adapters:
+                module = components[model.facts.denoiser if component == stage.denoiser else component]
+                set_loras(module, job.adapters, component, model.components[component].layout.public_keys)
+                self._active[component] = job.adapters
 
     def load_decoder(self) -> dict[str, nn.Module]:
         """Load the component that encodes the target, and decodes latents."""
@@ -99,9 +124,18 @@ class _Drawing:
         vae = next(encoder.component for encoder in variant.encoders if variant.target.column in encoder.columns)
         return {vae: self._load(vae, encoder_dtype(self._precision))}
 
-    def _load(self, component: str, dtype: torch.dtype) -> nn.Module:
+    def _load(
+        self,
+        component: str,
+        dtype: torch.dtype,
+        setup: ComponentSetup = FROZEN,
+        change: WeightChange | None = None,
+    ) -> nn.Module:
         self._stop.raise_if_set()
-        return load_planned(self._plan.model, self.family, component, dtype, self.device, self._reporter)
+        model = self._plan.model
+        return load_planned(
+            model, self.family, component, dtype, self.device, self._reporter, setup=setup, change=change
+        )
 
     def advance(self, components: Mapping[str, Any], stage: _Stage, number: int, encodings: EncodedJob) -> Tensor:
         """Take the steps of a stage in a job, and return its latents, `[1, C, F, h, w]` float32.
@@ -113,6 +147,7 @@ class _Drawing:
         if number not in self._samplers:
             self._samplers[number] = self._start(components, job)
         sampler = self._samplers[number]
+        self._set_loras(components, stage, job)
         positive, negative = encodings.read(self.family)
         cfg_scale = stage.cfg_scale(job)
         steps = sampler.denoise(

@@ -72,7 +72,7 @@ def draw_grid(
 
 def middle_frame(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the frame in the middle of a clip `[F, H, W, 3]`, in memory of its own."""
-    return pixels[len(pixels) // 2].copy()
+    return np.array(pixels[len(pixels) // 2])
 
 
 def wrap_label(text: str, width: int, max_lines: int, font: Font) -> list[str]:

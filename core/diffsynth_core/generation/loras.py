@@ -5,7 +5,7 @@ loading the model again. Differences of whole tensors, which some files have too
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -16,11 +16,9 @@ from diffsynth_core.adapters.deltas import WeightDelta, add_deltas, module_delta
 from diffsynth_core.adapters.lora import set_lora
 from diffsynth_core.adapters.merge import Workspace, merge_rows
 from diffsynth_core.generation.job import AppliedLora, GenerationJob
+from diffsynth_core.models.loading import WeightChange
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
-
-WeightChange = Callable[[str, Tensor, torch.dtype], Tensor]
-"""As in models/loading.py: (module key, tensor of the file, target dtype) -> the tensor to load instead."""
 
 
 def lora_setup(jobs: Iterable[GenerationJob], component: str, public_keys: KeyMap = SAME_NAMES) -> ComponentSetup:
