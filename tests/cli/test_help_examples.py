@@ -12,6 +12,7 @@ from diffsynth_cli.app import build_app
 
 COMMANDS = [
     ["train"],
+    ["generate"],
     ["dataset", "validate"],
     ["split-ckpt"],
     ["download"],

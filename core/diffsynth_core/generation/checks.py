@@ -29,9 +29,6 @@ class ImageSize:
 def check_size(size: ImageSize, variant: Variant) -> None:
     """Report a size that the model cannot draw."""
     problems = size_problems(size.height, size.width, size.num_frames, variant)
-    if variant.target.kind == "image" and size.num_frames != 1:
-        what = f"`num_frames` is {size.num_frames}, but {variant.title} draws images"
-        problems.append(Problem(what, "remove it", wrong_use=True))
     usual = variant.sampling.height * variant.sampling.width * variant.sampling.num_frames
     if size.height * size.width * size.num_frames > MOST_ENLARGED * usual:
         frames = f" x {size.num_frames} frames" if variant.target.kind == "video" else ""

@@ -1,4 +1,4 @@
-"""A grid as one picture: a row for each prompt, a column for each variation, with labels. No torch."""
+"""A grid as one image: a row for each prompt, a column for each variation, with labels. No torch."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""LoRAs while images are drawn: layers beside the weights, filled anew where an image has other LoRAs or weights.
+"""LoRAs while images are drawn: layers beside the weights, refilled where an image has other LoRAs or weights.
 
 They are not merged: the storage of 8-bit floats would round most of a change away, and a grid exchanges weights without
 loading the model again. Differences of whole tensors, which some files have too, are merged while loading.

@@ -239,7 +239,7 @@ def _choose_size(source: ModelSource, parameters: Parameters, variant: Variant) 
     elif source.record and parameters.max_pixels < height * width:
         scale, factor = math.sqrt(parameters.max_pixels / (height * width)), variant.target.size_factor
         height, width = (max(factor, int(side * scale) // factor * factor) for side in (height, width))
-    if source.resolved.origin("num_frames").kind in own:
+    if variant.target.kind == "video" and source.resolved.origin("num_frames").kind in own:
         num_frames = parameters.num_frames
     return ImageSize(height, width, num_frames)
 
