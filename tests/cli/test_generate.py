@@ -88,7 +88,7 @@ def record_run(folder: Path, dataset: Path, **changes: object) -> Path:
         (("--prompt", "a", "--steps", "1e9"), (names("steps", "at most 10000", "1e9"), None)),
         (("--prompt", "a", "--cfg_scale", "0.5"), (names("cfg_scale", "at least 1", "0.5"), None)),
         (("--prompt", "a", "--cfg-scale", "nan"), (names("cfg_scale", "a number", "nan"), None)),
-        (("--prompt", "a", "--guidance", "3"), (names("guidance", "Qwen-Image"), names("cfg_scale"))),
+        (("--prompt", "a", "--guidance", "3"), (names("guidance", "Qwen-Image"), names("--cfg_scale"))),
         (("--prompt", "a", "--seed", "-1"), (names("seed", "at least 0", "-1"), None)),
         (("--prompt", "a", "--height", "64"), (names("height", "width"), names("--width"))),
         (
@@ -106,7 +106,7 @@ def record_run(folder: Path, dataset: Path, **changes: object) -> Path:
         ),
         (("--prompt", "a", "--lora", "gone.safetensors"), (names("--lora", "gone.safetensors"), names("LoRA"))),
         (("--prompt", "a", "--checkpoint", "gone.safetensors"), (names("--checkpoint", "gone.safetensors"), names("checkpoint"))),
-        (("--prompt", "a", "--input_image", "x.png"), (names("--input_image", "Qwen-Image"), names("edit_image"))),
+        (("--prompt", "a", "--input_image", "x.png"), (names("--input_image", "Qwen-Image"), names("--edit_image"))),
         (("--prompt", "a\udcff"), (names("--prompt", "1", "U+DCFF"), "remove it")),
         (("--prompt", "a", "--stepz", "3"), (names("--stepz", "generate"), names("--steps"))),
         (("--prompt", "a", "--lora_rank", "3"), (names("--lora_rank", "train"), "remove it")),
@@ -224,7 +224,12 @@ def test_a_checkpoint_of_several_components(refuse, tiny_models, tmp_path):
 def test_a_part_of_a_component_as_a_checkpoint(refuse, tmp_path):
     save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(2, 2)}, tmp_path / "part.safetensors")
     problems = refuse(*QWEN, "--prompt", "a", "--checkpoint", tmp_path / "part.safetensors")[1]
-    assert problems == [(names(tmp_path / "part.safetensors", "Qwen-Image", "to_q.weight"), names("all weights"))]
+    assert problems == [
+        (
+            names(tmp_path / "part.safetensors", "Qwen-Image", "transformer_blocks.0.attn.to_q.weight"),
+            names("all weights"),
+        )
+    ]
 
 
 @pytest.fixture
@@ -252,7 +257,7 @@ def test_images_that_an_editing_model_cannot_read(cli, edit_models, refuse, imag
         (names("row 2", "edit_image", tmp_path / "torn.png"), names("another image")),
         (names("row 3", "edit_image"), names("--edit_image", "--extra_inputs")),
         (names("row 4", "edit_image", tmp_path / "gone.png"), names("path")),
-        (names("row 5", "kontext_images", "Qwen-Image-Edit"), names("edit_image")),
+        (names("row 5", "kontext_images", "Qwen-Image-Edit"), names("--edit_image")),
     )
 
 

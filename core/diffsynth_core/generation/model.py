@@ -1,6 +1,7 @@
 """The model that draws: its files, with those of a full checkpoint in place of one component's. No torch."""
 
 import posixpath
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffsynth_core.weights.lora_keys import is_lora_key
 
 CONFIG = "config.json"
 """Configuration next to the weights of a component."""
+_PIPE = re.compile(r"pipe\.\w+\.")
 BY_CHECKPOINT = Origin("flag", "`--checkpoint`", rank=10**6)
 """Origin of model files that a checkpoint replaces: it takes precedence over all others."""
 
@@ -130,10 +132,14 @@ def _component_in(path: Path, resolved: Resolved) -> str | None:
     if adapted:
         report(Problem(f"`--checkpoint` `{path}` is a LoRA", f"pass `--lora {path}`", wrong_use=True))
         return None
-    if len(parts) > 1:
-        names = list_names([part.prefix or "no prefix" for part in parts])
-        what = f"`--checkpoint` `{path}` holds several components, with the prefixes {names}"
-        report(Problem(what, f"{split}, and pass one part", wrong_use=True))
+    prefixes = {
+        part.prefix or (match[0] if (match := _PIPE.match(name)) else "") for part in parts for name in part.tensors
+    }
+    if len(prefixes) > 1 or any(map(_PIPE.match, prefixes)):
+        names = list_names([prefix or "none" for prefix in sorted(prefixes)])
+        whole = "several components" if len(prefixes) > 1 else "a component"
+        what = f"`--checkpoint` `{path}` holds {whole}; the prefixes of its keys: {names}"
+        report(Problem(what, f"{split}, which removes prefixes, and pass one part", wrong_use=True))
         return None
     return _recognized(path, parts[0], FAMILIES.get(resolved.family or ""))
 

@@ -15,7 +15,7 @@ def flat(height: int, width: int, *color: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "shown"), [(64, 64, (192, 192)), (300, 200, (600, 400)), (512, 1024, (256, 512))]
+    ("height", "width", "shown"), [(64, 64, (192, 192)), (300, 100, (600, 200)), (512, 1024, (256, 512))]
 )
 def test_cells_stand_in_rows_and_columns(height, width, shown):
     colors = {(row, column): (80 * row, 60 * column, 200) for row in range(3) for column in range(4)}
