@@ -20,6 +20,7 @@ METAVARS = {
     "memory": "AMOUNT",
     "str": "TEXT",
     "comma list": "A,B,…",
+    "number pair": "A,B",
     "json list": "JSON",
 }
 """Type of a parameter -> its placeholder in the help."""

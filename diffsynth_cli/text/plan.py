@@ -182,12 +182,13 @@ def _encoding_lines(plan: RunPlan, reporter: Reporter) -> Iterator[str]:
         yield f"  encodings are computed once and stored in {where}"
         return
     for part in plan_encodings(plan, reporter).encoders:
-        done = len(part.keys) - len(part.missing)
+        entries = len(set(part.keys.values()))
+        done = entries - len(part.missing)
         loads = f"{part.encoder.component} is loaded" if part.missing else f"{part.encoder.component} is not loaded"
         yield f"  {part.encoder.name:<14} " + (
             "encoded in every step (the encoder is being trained)"
             if part.online
-            else f"{done} of {pluralize(len(part.keys), 'encoding')} {verb(done, 'is', 'are')} in the cache; {loads}"
+            else f"{done} of {pluralize(entries, 'encoding')} {verb(done, 'is', 'are')} in the cache; {loads}"
         )
 
 

@@ -19,6 +19,7 @@ VALUES = {
     "memory": "24GB",
     "str": "text",
     "comma list": "a,b",
+    "number pair": "0.9,0.99",
     "json list": '["a", ["b"]]',
 }
 

@@ -51,6 +51,14 @@ def test_guidance_and_unreadable_cells_are_told_by_row(refuse, rows):
     )
 
 
+def test_captions_that_the_targets_were_made_from_are_not_dropped(refuse, rows):
+    rows(COLUMNS)
+    assert refuse(*TASK, "--caption_dropout", 0.1) == (
+        2,
+        [(names("caption_dropout", "direct_distill", "captions"), "remove it")],
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to draw it")
 def test_noise_that_only_a_gpu_draws(refuse, rows, dataset):
     rows(COLUMNS, chelsea={"rand_device": "cuda"})

@@ -11,7 +11,7 @@ from tests.naming import names
 GIVEN_AS_FLAGS = {"max_steps", "device", "dataset_base_path", "dataset_num_workers"}
 """Set by the fixture `refuse`, overriding files."""
 IN_FILES = [name for name in SETTINGS if name not in NOT_IN_RECIPES | GIVEN_AS_FLAGS]
-ON_COMMAND_LINES = {"int": "many", "float": "fast", "memory": "24", "json list": "{", "path": ""}
+ON_COMMAND_LINES = {"int": "many", "float": "fast", "memory": "24", "json list": "{", "path": "", "number pair": "0.9"}
 """Type -> a string that no flag of that type accepts; strings and lists of strings accept any."""
 
 

@@ -12,17 +12,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
+from diffsynth_core.data.captions import draw_choice
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.encodings_plan import EncodingRef
 from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop
 from diffsynth_core.training.precompute import precompute
 from tests.clips import detailed, write_clip
 from tests.naming import names
-from tests.toy_family import CHANNELS, ENTRIES, FACTOR, MODEL_ID, PLACES, TOY, Toy
+from tests.toy_family import CHANNELS, ENTRIES, FACTOR, MODEL_ID, PLACES, TEXT_STATES, TEXT_WIDTH, TOY, Toy
 
 CLIPS = {"a": 9, "b": 9, "c": 12}
 SIZE = 32
@@ -196,6 +198,102 @@ def test_two_captions_pass_through_a_folder_of_encoded_samples(base, dataset, tm
     plan = planned(base, tmp_path / "encoded", tmp_path / "trained", task="sft:train", **steps)
     assert [len(sample.captions) for sample in plan.data.samples.samples] == [2, 2, 1]
     assert drawn(plan) == expected
+
+
+DROPPED = {"max_steps": 24, "num_epochs": 8, "caption_dropout": 0.5}
+
+
+def dropped_draws(plan):
+    """Whether each step, of one sample, is trained with the empty caption."""
+    slices = [plan.data.steps.slice(step) for step in range(plan.data.steps.total_steps)]
+    refs = [(part.epoch, plan.data.steps.batches.batch(part.epoch, part.start)[0]) for part in slices]
+    seed, dropout = plan.parameters.seed, plan.parameters.caption_dropout
+    return [draw_choice(1, dropout, seed, epoch, ref.sample, ref.repeat) == 1 for epoch, ref in refs]
+
+
+@pytest.fixture
+def trained_without(monkeypatch):
+    """Train; return whether each step was given the empty caption, whose letters are all the same."""
+    states = []
+    predict = Toy.predict_velocity
+    monkeypatch.setattr(
+        Toy, "predict_velocity", lambda *given: (states.append(given[-1]["prompt_embeds"].detach()), predict(*given))[1]
+    )
+
+    def train(plan):
+        states.clear()
+        loop.train(plan, SilentReporter(), StopRequest())
+        return [bool((state == state[:, :1]).all()) for state in states]
+
+    return train
+
+
+@pytest.mark.parametrize("trains", [{}, {"trainable_models": "text_encoder"}], ids=["cached", "online"])
+def test_a_share_of_the_draws_is_trained_with_the_empty_caption(base, dataset, tmp_path, trained_without, trains):
+    plan = planned(base, dataset, tmp_path / "out", **DROPPED, **trains)
+    expected = dropped_draws(plan)
+    assert 6 < sum(expected) < 18
+    assert trained_without(plan) == expected
+    plain = planned(base, dataset, tmp_path / "plain", **DROPPED | {"caption_dropout": 0}, **trains)
+    assert trained_without(plain) == [False] * 24
+    assert plan.data.fingerprint == plain.data.fingerprint
+
+
+def test_the_empty_caption_is_encoded_once(base, dataset, tmp_path):
+    plan = planned(base, dataset, tmp_path / "out", **DROPPED)
+    text, latents = plan_encodings(plan, SilentReporter()).encoders
+    empty = [EncodingRef(sample, 1) for sample in range(3)]
+    assert set(text.keys) == {EncodingRef(0), EncodingRef(1), EncodingRef(2), *empty}
+    assert len({text.keys[ref] for ref in empty}) == 1
+    assert text.missing == (EncodingRef(0), EncodingRef(0, 1), EncodingRef(1), EncodingRef(2))
+    assert latents.missing == (EncodingRef(0), EncodingRef(1), EncodingRef(2))
+    kept, plain = (
+        find_workload(each).encoded for each in (plan, planned(base, dataset, tmp_path / "plain", max_steps=1))
+    )
+    assert (kept.wide, kept.narrow - plain.narrow) == (plain.wide, TEXT_STATES * TEXT_WIDTH)
+
+
+def test_dropped_captions_resume_to_the_bit_with_other_workers(toy):
+    flags = (*LORA, "--caption_dropout", 0.5)
+    assert toy(*flags, "--max_steps", 8, "--output_path", "through").code == 0
+    assert toy(*flags, "--max_steps", 3, "--output_path", "pieces").code == 0
+    resume = ("--output_path", "pieces", "--resume", "auto", "--max_steps", 8)
+    refused = toy(*LORA, "--caption_dropout", 0.4, *resume)
+    assert refused.code == 2
+    assert refused.err == names("caption_dropout", "0.5", "0.4", "pieces")
+    outcome = toy(*flags, *resume, "--dataset_num_workers", 2)
+    assert outcome.code == 0, outcome.err
+    through, pieces = (load_file(f"{folder}/step-8.safetensors") for folder in ("through", "pieces"))
+    assert all(torch.equal(through[name], pieces[name]) for name in through)
+    assert toy(*LORA, "--max_steps", 8, "--output_path", "plain").code == 0
+    plain = load_file("plain/step-8.safetensors")
+    assert any(not torch.equal(through[name], plain[name]) for name in through)
+
+
+def test_dropped_captions_pass_through_a_folder_of_encoded_samples(toy):
+    weights = ",".join(ENTRIES)
+    encode = ("--model_id_with_origin_paths", weights, "--task", "sft:data_process", "--output_path", "encoded")
+    train = (*LORA, "--task", "sft:train", "--dataset_base_path", "encoded", "--max_steps", 8)
+    dropped = ("--caption_dropout", 0.5)
+    assert toy(*encode).code == 0
+    refused = toy(*train, *dropped, "--output_path", "second")
+    assert refused.code == 2
+    assert refused.err == names("caption_dropout", "encoded", "empty caption", "sft:data_process")
+    outcome = toy(*encode, *dropped)
+    assert outcome.code == 0, outcome.err
+    assert "Encoding text: 1 of 1 samples" in outcome.err and "Encoding latents" not in outcome.err
+    assert len(list(Path("encoded/encodings/text").rglob("*.safetensors"))) == 4
+    refused = toy(*encode)
+    assert refused.code == 2
+    assert refused.err == names("encoded", "caption_dropout")
+    outcome = toy(*train, *dropped, "--output_path", "second")
+    assert outcome.code == 0, outcome.err
+    assert toy(*LORA, *dropped, "--max_steps", 8, "--output_path", "whole").code == 0
+    assert toy(*train, "--output_path", "undropped").code == 0
+    assert toy(*LORA, "--max_steps", 8, "--output_path", "plain").code == 0
+    for one, other in (("whole", "second"), ("plain", "undropped")):
+        expected, found = (load_file(f"{folder}/step-8.safetensors") for folder in (one, other))
+        assert all(torch.equal(expected[name], found[name]) for name in expected), other
 
 
 def test_a_number_and_a_text_reach_the_model(toy, base, monkeypatch):

@@ -54,15 +54,16 @@ def _name_bounds(schema: dict[str, Any]) -> None:
     ):
         if pydantic_name in schema:
             schema[schema_name] = schema.pop(pydantic_name)
-    for branch in schema.get("anyOf", ()):
-        _name_bounds(branch)
+    for part in (*schema.get("anyOf", ()), schema.get("items")):
+        if part:
+            _name_bounds(part)
 
 
 def format_value(value: Any) -> str:
     """Format a value as one argument of a command line, before quoting."""
     if isinstance(value, (list, tuple)):
-        flat = all(isinstance(item, str) for item in value)
-        return ",".join(value) if flat else json.dumps(value)
+        flat = not any(isinstance(item, (list, tuple)) for item in value)
+        return ",".join(map(format_value, value)) if flat else json.dumps(value)
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 

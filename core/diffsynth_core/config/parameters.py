@@ -56,6 +56,13 @@ def _split_commas(value: object) -> object:
     raise ValueError("is not a list of strings")
 
 
+def _split_numbers(value: object) -> object:
+    """Convert `"0.9, 0.99"` to `("0.9", "0.99")`, which pydantic reads as numbers; a list stays as it is."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return value
+
+
 def _read_path_groups(value: object) -> object:
     """Convert JSON or a list of paths and lists of shard paths to a tuple of tuples of paths."""
     if isinstance(value, str):
@@ -102,6 +109,10 @@ FolderName = Annotated[str, BeforeValidator(_reject_empty)]
 """Path of a folder, or `model_id:folder`."""
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
 """A list of strings, or one string of comma-separated items."""
+Beta = Annotated[float, BeforeValidator(_reject_bool), Field(ge=0, lt=1, allow_inf_nan=False)]
+"""A decay rate of Adam's moments."""
+NumberPair = Annotated[tuple[Beta, Beta], BeforeValidator(_split_numbers, json_schema_input_type=str | list[Beta])]
+"""Two numbers, or one string with both, separated by a comma."""
 MemorySize = Annotated[str, BeforeValidator(_check_memory)]
 """GPU memory: an amount such as `24GB`, or a card such as `4090`."""
 PathGroups = Annotated[
@@ -119,6 +130,7 @@ TYPE_WORDS = {
     "memory": MEMORY_WORDS,
     "str": "a string",
     "comma list": "a comma-separated list of strings",
+    "number pair": "two comma-separated numbers",
     "json list": "a JSON list of paths, or of lists of shard paths",
 }
 """Type of a parameter -> what it accepts, in messages."""
@@ -435,6 +447,16 @@ class Parameters(BaseModel):
         ge=1,
         reads_data=True,
     )
+    caption_dropout: Number = _setting(
+        0.0,
+        "dataset",
+        "float",
+        "Probability that a sample is trained with the empty caption instead of its own, drawn for each sample and repeat of an epoch; teaches the model the unconditional prediction of classifier-free guidance; typical: 0.1",
+        changes="numbers",
+        documented=False,
+        ge=0,
+        lt=1,
+    )
     cache_path: FilePath | None = _setting(
         None,
         "dataset",
@@ -628,6 +650,15 @@ class Parameters(BaseModel):
     )
     weight_decay: Number = _setting(
         0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0, le=MAX_RATE
+    )
+    adam_betas: NumberPair = _setting(
+        (0.9, 0.999),
+        "training",
+        "number pair",
+        "AdamW decay rates of the averages of the gradient and of its square",
+        changes="numbers",
+        compared="course",
+        documented=False,
     )
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"

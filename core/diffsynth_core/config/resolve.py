@@ -293,6 +293,7 @@ _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "less_than_equal": ("at most", "le"),
     "greater_than": ("more than", "gt"),
+    "less_than": ("less than", "lt"),
 }
 
 
@@ -364,6 +365,9 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
             )
         )
     if task.objective != "sft":
+        if parameters.caption_dropout:
+            what = f"`caption_dropout` cannot be used with `{task.name}`: its targets are made from their captions"
+            problems.append(Problem(what, "remove it", wrong_use=True))
         problems += [
             Problem(
                 f"`{name}` has no effect with `{task.name}`, where the samples determine the timesteps",

@@ -4,10 +4,8 @@ An entry is one safetensors file named by the sha256 of everything that its cont
 the sha256 of its content. Entries are written atomically, never modified, and shared between runs and processes.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import atomic_write
 from diffsynth_core.hub.file_cache import FileCache, file_stamp
-from diffsynth_core.weights.headers import Header, make_header, read_header
+from diffsynth_core.weights.headers import Header, make_header, parse_header
 
 if TYPE_CHECKING:
     import torch
@@ -39,20 +37,29 @@ def check_entry(path: Path) -> None:
     Raises:
         DiffSynthError: if it is missing, truncated, or modified.
     """
-    header = read_header(path)
-    if header.metadata and header.metadata.get(CONTENT_HASH) != _content_hash(path, header):
-        raise DiffSynthError(f"`{path}`: checksum mismatch")
-
-
-def _content_hash(path: Path, header: Header) -> str:
-    """Return the sha256 of the entry's name and of the file as it would be without metadata.
-
-    The name is included because another entry's content under this name is damage too.
-    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
+    check_content(path, content)
+
+
+def check_content(path: Path, content: bytes) -> None:
+    """Verify the bytes of an entry, as `check_entry` does.
+
+    Raises:
+        DiffSynthError: if they are truncated or modified.
+    """
+    header = parse_header(path, content)
+    if header.metadata and header.metadata.get(CONTENT_HASH) != _content_hash(path, content, header):
+        raise DiffSynthError(f"`{path}`: checksum mismatch")
+
+
+def _content_hash(path: Path, content: bytes, header: Header) -> str:
+    """Return the sha256 of the entry's name and of the file as it would be without metadata.
+
+    The name is included because another entry's content under this name is damage too.
+    """
     described = ((name, tensor.dtype, tensor.shape) for name, tensor in header.tensors.items())
     digest = hashlib.sha256(path.stem.encode() + make_header(described, {}))
     digest.update(memoryview(content)[8 + int.from_bytes(content[:8], "little") :])
@@ -143,14 +150,13 @@ class EncodingCache:
             DiffSynthError: if the entry is gone or damaged.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         path = self.path(key)
         try:
-            if not path.exists():
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-            check_entry(path)
-            tensors: dict[str, torch.Tensor] = load_file(path)
+            content = path.read_bytes()
+            check_content(path, content)
+            tensors: dict[str, torch.Tensor] = load(content)
         except (DiffSynthError, SafetensorError) as error:
             with suppress(OSError):
                 path.unlink()

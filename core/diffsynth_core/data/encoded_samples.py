@@ -41,7 +41,7 @@ class Origin:
         components: component -> file -> sha256.
         shapes: component -> shapes of the tensors that must match the denoiser.
         dataset_fingerprint: as in a run.
-        contents: sha256 over the names of all encodings.
+        contents: sha256 over the names of all encodings but those of the empty caption.
     """
 
     objective: str
@@ -77,12 +77,15 @@ class EncodedSamples:
     Attributes:
         files: encoder -> encodings, for each sample: one for each of its captions where the encoder reads them. Only
             row, file name and sizes of a sample are stored, not its captions.
+        with_empty_caption: the last encoding of each sample, where the encoder reads captions, is that of the empty
+            one (`Sample.choices`).
     """
 
     folder: Path
     origin: Origin
     samples: tuple[Sample, ...] = ()
     files: tuple[Mapping[str, tuple[EncodedFile, ...]], ...] = ()
+    with_empty_caption: bool = False
 
     @property
     def complete(self) -> bool:
@@ -107,7 +110,7 @@ class _Entry:
 
     Attributes:
         files: one for each encoder.
-        others: encoder -> those of further captions.
+        others: encoder -> those of further captions, and of the empty one.
     """
 
     row: int
@@ -128,6 +131,7 @@ class _Manifest:
     fingerprint: str
     origin: Origin
     samples: tuple[_Entry, ...]
+    with_empty_caption: bool = False
 
 
 def encodings_folder(folder: Path, encoder: str) -> Path:
@@ -147,6 +151,7 @@ def write_encoded(encoded: EncodedSamples) -> None:
         "complete": encoded.complete,
         "fingerprint": encoded.origin.fingerprint,
         "origin": asdict(encoded.origin),
+        **({"with_empty_caption": True} if encoded.with_empty_caption else {}),
         "samples": [_as_plain(sample, files) for sample, files in zip(encoded.samples, encoded.files, strict=True)],
     }
     write_text(encoded.folder / MANIFEST, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
@@ -176,7 +181,7 @@ def read_encoded(folder: Path) -> EncodedSamples:
     wrong = next((entry.row for entry in manifest.samples if len(entry.files) != len(encoders)), None)
     if wrong is not None:
         raise DiffSynthError(f"`{path}` row {wrong}: expected {pluralize(len(encoders), 'file')}", ENCODE_AGAIN)
-    samples = tuple(_sample(entry) for entry in manifest.samples)
+    samples = tuple(_sample(entry, manifest.with_empty_caption) for entry in manifest.samples)
     files = tuple(
         {
             encoder: tuple(EncodedFile(*one) for one in (file, *entry.others.get(encoder, ())))
@@ -184,7 +189,7 @@ def read_encoded(folder: Path) -> EncodedSamples:
         }
         for entry in manifest.samples
     )
-    return EncodedSamples(folder, origin, samples, files)
+    return EncodedSamples(folder, origin, samples, files, manifest.with_empty_caption)
 
 
 def unexpected_files(folder: Path, known: set[Path]) -> list[str]:
@@ -208,11 +213,12 @@ def _as_plain(sample: Sample, files: Mapping[str, tuple[EncodedFile, ...]]) -> d
     return plain | {"files": [[first.key, first.bytes] for first, *_ in files.values()]}
 
 
-def _sample(entry: _Entry) -> Sample:
+def _sample(entry: _Entry, with_empty_caption: bool) -> Sample:
     path = Path(entry.file)
     shown = {name: tuple(_crop(path, shape) for shape in shapes) for name, shapes in entry.shown.items()}
-    others = ("",) * max(map(len, entry.others.values()), default=0)
-    return Sample(entry.row, "", _crop(path, entry.shape), shown, entry.sampling, others)
+    others = ("",) * (max(map(len, entry.others.values()), default=0) - with_empty_caption)
+    target = _crop(path, entry.shape)
+    return Sample(entry.row, "", target, shown, entry.sampling, others, with_empty_caption=with_empty_caption)
 
 
 def _crop(path: Path, shape: tuple[int, int, int]) -> MediaCrop:

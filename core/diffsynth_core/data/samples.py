@@ -51,6 +51,7 @@ class Sample:
         sampling: parameters of the few-step sampler, for distillation.
         values: numbers and texts that are conditions, by column.
         other_captions: captions besides `caption`, of which each draw of the sample takes one (data/captions.py).
+        with_empty_caption: a draw may also take the empty caption (`--caption_dropout`).
     """
 
     row: int
@@ -60,11 +61,17 @@ class Sample:
     sampling: Sampling | None = None
     other_captions: tuple[str, ...] = ()
     values: Mapping[str, float | str] = field(default_factory=dict)
+    with_empty_caption: bool = False
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All captions, by choice."""
+        """All captions."""
         return self.caption, *self.other_captions
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All texts that a draw of the sample may take, by choice: its captions, then possibly the empty one."""
+        return (*self.captions, "") if self.with_empty_caption else self.captions
 
     @property
     def bucket(self) -> Hashable:

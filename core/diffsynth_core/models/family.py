@@ -23,13 +23,16 @@ class Encoder:
     """What an encoder does; `EncoderFacts` of the same name in the family's variants state the rest without torch.
 
     Attributes:
-        encode: (facts, components, value of each of its columns) -> encodings of one sample.
+        encode: (facts, components, value of each of its columns) -> encodings of one sample; if `batched`, (facts,
+            components, values of each of its columns) -> encodings of each of several samples.
         truncation_warning: (facts, components, caption) -> warning about what it ignores of a caption, or None; None:
             it always reads all.
+        batched: encodes samples together whose images and clips have the same shapes.
     """
 
-    encode: Callable[..., Encoded]
+    encode: Callable[..., Encoded] | Callable[..., list[Encoded]]
     truncation_warning: Callable[[EncoderFacts, Mapping[str, Any], str], str | None] | None = None
+    batched: bool = False
 
 
 class Family(ABC):
@@ -67,8 +70,21 @@ class Family(ABC):
                 the files of a condition as a list of such: images with F = 1, masks with one channel, clips with
                 the frames of the target.
         """
-        columns = [sample[column] for column in encoder.columns]
-        return self.encoders[encoder.name].encode(encoder, components, *columns)
+        (encoded,) = self.encode_batch(encoder, components, [sample])
+        return encoded
+
+    def encode_batch(
+        self, encoder: EncoderFacts, components: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+    ) -> list[Encoded]:
+        """Apply one encoder to several samples, whose images and clips have the same shapes; as `encode`.
+
+        They are encoded in one pass if the encoder is `batched`, else one after the other.
+        """
+        function = self.encoders[encoder.name]
+        columns = [[sample[column] for sample in samples] for column in encoder.columns]
+        if function.batched:
+            return function.encode(encoder, components, *columns)  # type: ignore[return-value]
+        return [function.encode(encoder, components, *values) for values in zip(*columns, strict=True)]  # type: ignore[misc]
 
     def truncation_warning(
         self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]

@@ -1,11 +1,25 @@
 """Sizes that a family declares without torch: of published weights, of encodings, of a training step."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 MediaSize = tuple[int, int, int]
 """(frames, height, width) in pixels."""
+
+ENCODED_AT_ONCE = 256 * 256
+"""Most pixels of all images or clips that a frozen encoder encodes in one pass, unless a single one has more."""
+
+
+def encoded_at_once(shapes: Iterable[Sequence[int]]) -> int:
+    """Return how many samples a frozen encoder encodes in one pass.
+
+    Args:
+        shapes: of the images and clips that it reads of one, `(…, F, H, W)` each.
+    """
+    return max(1, ENCODED_AT_ONCE // max(1, sum(math.prod(shape[-3:]) for shape in shapes)))
+
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes per element, by dtype."""

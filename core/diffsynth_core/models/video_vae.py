@@ -1,17 +1,21 @@
 """Latents of the causal video VAEs of Qwen-Image and Wan, normalized per channel."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffsynth_core.models.patches import batch_of
 
-def encode_normalized(vae: Any, pixels: Tensor) -> Tensor:
-    """Return the mean of the VAE's posterior, normalized: `[3, F, H, W]` in [-1, 1] -> `[C, n + 1, h, w]` float32.
+
+def encode_normalized(vae: Any, clips: Sequence[Tensor]) -> Tensor:
+    """Return the means of the VAE's posteriors, normalized: clips of one shape, each `[3, F, H, W]` in [-1, 1] ->
+    `[B, C, n + 1, h, w]` float32.
 
     F = 4n + 1.
     """
-    latents: Tensor = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
+    latents: Tensor = vae.encode(batch_of(clips).to(vae.device, vae.dtype)).latent_dist.mode().float()
     mean, std = _statistics(vae, latents.device)
     return (latents - mean) / std
 

@@ -1,5 +1,6 @@
 """What the activations of a plan's steps take: each kind of step is measured once and remembered. No torch."""
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.models.activation_cache import StepActivations, remembered
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.shapes import count_blocks
+from diffsynth_core.models.size_facts import ENCODED_AT_ONCE
 from diffsynth_core.models.spec import EncoderFacts, is_below
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
@@ -80,7 +82,9 @@ def step_activations(plan: RunPlan, config: MemoryConfig) -> StepActivations:
 
 
 def encoder_activations(plan: RunPlan, component: str, config: MemoryConfig) -> int:
-    """Bytes that a frozen VAE works with at its fullest while it encodes the largest sample; 0 for other encoders."""
+    """Bytes that a frozen VAE works with at its fullest, while it encodes the largest sample, or a batch of smaller
+    ones; 0 for other encoders.
+    """
     encoders = [
         encoder for encoder in plan.model.variant.encoders if encoder.component == component and encoder.latents
     ]
@@ -114,7 +118,16 @@ def encoder_activations(plan: RunPlan, component: str, config: MemoryConfig) -> 
             return peak(frames)
         return peak(three) + (frames - three) // step * (peak(three) - peak(two))
 
-    return remembered(question, int, measure)
+    return math.ceil(remembered(question, int, measure) * _encoded_together(config))
+
+
+def _encoded_together(config: MemoryConfig) -> float:
+    """Return the pixels that a VAE encodes in one pass, as a multiple of those of the largest sample: small ones are
+    encoded together in float32 on a CPU.
+    """
+    if config.device != "cpu" or config.precision != "no":
+        return 1
+    return max(1, ENCODED_AT_ONCE / math.prod(config.sizes.images[0]))
 
 
 @contextmanager

@@ -90,8 +90,8 @@ def _already_encoded(
 def _missing(
     cache: EncodingCache, keys: Mapping[EncodingRef, str], encoder: EncoderFacts, reporter: Reporter
 ) -> tuple[EncodingRef, ...]:
-    """Return the encodings whose entries are missing or damaged; verifies those that are not known to be
-    intact.
+    """Return the encodings whose entries are missing or damaged, one for each entry; verifies those that are not
+    known to be intact.
     """
     unknown = [key for key in dict.fromkeys(keys.values()) if not cache.is_known(key)]
     with (
@@ -103,7 +103,8 @@ def _missing(
             lacking |= set() if whole else {key}
             if task:
                 task.advance()
-    return tuple(ref for ref, key in keys.items() if key in lacking)
+    firsts = {key: ref for ref, key in reversed(keys.items())} if lacking else {}
+    return tuple(ref for ref, key in keys.items() if key in lacking and firsts[key] == ref)
 
 
 def encodings_are_known(plan: RunPlan) -> bool:
@@ -145,7 +146,7 @@ def _plan_encoder(
             memory,
         )
         for index, sample in samples.items()
-        for choice, caption in enumerate(sample.captions if reads_text else (sample.caption,))
+        for choice, caption in enumerate(sample.choices if reads_text else (sample.caption,))
     }
     missing = _missing(cache, keys, encoder, reporter)
     damaged = tuple(ref for ref in missing if cache.is_damaged(keys[ref]))

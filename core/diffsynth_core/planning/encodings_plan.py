@@ -9,7 +9,7 @@ from diffsynth_core.models.spec import EncoderFacts
 
 
 class EncodingRef(NamedTuple):
-    """An encoding of a sample, by index: that of one of its captions."""
+    """An encoding of a sample, by index: that of one of its captions (`Sample.choices`)."""
 
     sample: int
     choice: int = 0
@@ -21,8 +21,9 @@ class EncoderPlan:
 
     Attributes:
         online: its component trains, so its output is computed in every step. Otherwise `keys` are the cache entries
-            of the needed encodings, and `missing` those to encode, some of which exist but are `damaged`. A precompute
-            task writes into its own folder, and copies what the cache already has.
+            of the needed encodings, and `missing` those to encode, some of which exist but are `damaged`: of encodings
+            with the same entry, such as those of one caption of several samples, the first alone. A precompute task
+            writes into its own folder, and copies what the cache already has.
         reads_text: it encodes each caption of a sample; others have the choice 0 alone.
     """
 

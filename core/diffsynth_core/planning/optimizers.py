@@ -29,7 +29,7 @@ class OptimizerSpec:
 def _adamw(params: Parameters, trained: Iterable["nn.Parameter"]) -> "Optimizer":
     from torch.optim import AdamW
 
-    return AdamW(trained, lr=params.learning_rate, weight_decay=params.weight_decay)
+    return AdamW(trained, lr=params.learning_rate, betas=params.adam_betas, weight_decay=params.weight_decay)
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {

@@ -262,6 +262,9 @@ def _find_samples(
         return None
     samples, faults = read_dataset(parameters, found.facts, found.variant, reporter)
     report(*faults)
+    if samples and parameters.caption_dropout:
+        droppable = tuple(replace(sample, with_empty_caption=True) for sample in samples.samples)
+        return replace(samples, samples=droppable)
     return samples
 
 

@@ -48,7 +48,8 @@ def find_workload(plan: RunPlan) -> Workload:
     shown = [_shown(plan, sample) for sample in samples]
     states, counted = _text_states(plan, samples, shown)
     kinds = Counter(zip(states, (tuple(sizes.items()) for sizes in shown), strict=True))
-    each = (_encoded(plan, text, dict(sizes)) * count for (text, sizes), count in kinds.items())
+    each = [_encoded(plan, text, dict(sizes)) * count for (text, sizes), count in kinds.items()]
+    each.append(_encoded_empty_caption(plan, samples, shown))
     members = Counter(sample.bucket for sample in samples)
 
     def batch(sample: Sample) -> int:
@@ -101,6 +102,26 @@ def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[
 def _encoded(plan: RunPlan, text_states: int, shown: Shown) -> EncodedSize:
     denoiser = plan.model.shapes.get(plan.model.facts.denoiser, {})
     return encoded_size(cached_encoders(plan), denoiser, text_states, shown, plan.model.variant.target.frame_step)
+
+
+def _encoded_empty_caption(plan: RunPlan, samples: Sequence[Sample], shown: Sequence[Shown]) -> EncodedSize:
+    """What is kept of the empty caption, if samples are trained with it: once of encoders that read nothing besides,
+    once a sample of those that read its images too.
+    """
+    if plan.data.encoded or not any(sample.with_empty_caption for sample in samples):
+        return EncodedSize()
+    variant, text_column = plan.model.variant, plan.model.facts.text_column
+    reading = [encoder for encoder in cached_encoders(plan) if text_column in encoder.columns]
+    alone = [encoder for encoder in reading if encoder.columns == (text_column,)]
+    beside = [encoder for encoder in reading if encoder not in alone]
+    facts = caption_encoder(variant.encoders)
+    tokenizer = plan.model.tokenizers.get(facts.caption.tokenizer) if facts and facts.caption else None
+    denoiser, step = plan.model.shapes.get(plan.model.facts.denoiser, {}), variant.target.frame_step
+    states, _ = count_text_states(variant.encoders, tokenizer, [""] * len(samples), shown)
+    size = encoded_size(alone, denoiser, states[0], {}, step)
+    if beside:
+        size = sum((encoded_size(beside, denoiser, count, {}, step) for count in states), size)
+    return size
 
 
 def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:

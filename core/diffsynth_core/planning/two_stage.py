@@ -24,6 +24,8 @@ from diffsynth_core.progress import pluralize, verb
 
 UNSET: tuple[Any, ...] = (None, (), [])
 """Values of a parameter that is not set, as in Python and in JSON."""
+SAME_PARAMETERS = "choose another `--output_path`, or encode with the same parameters"
+"""Hint for an output folder whose samples were encoded with other parameters."""
 
 
 def size_parameters(parameters: Parameters, variant: Variant) -> dict[str, Any]:
@@ -108,6 +110,7 @@ def find_encoded(resolved: Resolved) -> EncodedSamples | None:
         return None
     report(*_damaged_files(encoded))
     report(*_other_values(resolved, encoded))
+    report(*_without_empty_caption(parameters, encoded))
     if _same(parameters.output_path, folder):
         what = f"`output_path` is the folder `{folder}` of encoded samples that the run reads"
         report(Problem(what, "choose another `--output_path`", wrong_use=True))
@@ -187,6 +190,17 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
     ]
 
 
+def _without_empty_caption(parameters: Parameters, encoded: EncodedSamples) -> list[Problem]:
+    """Return the problem of samples without the encoding that `caption_dropout` takes."""
+    if not parameters.caption_dropout or encoded.with_empty_caption:
+        return []
+    dropout = format_value(parameters.caption_dropout)
+    what = f"`caption_dropout` is `{dropout}`, but the samples in `{encoded.folder}` were encoded without the empty caption"
+    task = TASKS[parameters.task].precompute_task
+    add = f"run the command of `{task}` again with `--caption_dropout {dropout}`, which adds it, or remove it"
+    return [Problem(what, add, wrong_use=True)]
+
+
 def kind_problems(encoded: EncodedSamples, facts: FamilyFacts, variant: Variant) -> list[Problem]:
     """Return why samples encoded for one variant cannot train another."""
     origin = encoded.origin
@@ -226,17 +240,21 @@ def check_precompute_output(parameters: Parameters, now: Mapping[str, Any]) -> N
             report(Problem(what, "choose another `--output_path`", wrong_use=True))
         return
     try:
-        origin = read_encoded(folder).origin
+        encoded = read_encoded(folder)
     except DiffSynthError as error:
         report(*error.problems)
         return
+    origin = encoded.origin
     before = origin.sizes | {name: getattr(origin, name) for name in now if name != "sizes"}
     after = now["sizes"] | {name: value for name, value in now.items() if name != "sizes"}
     for name, value in after.items():
         if before.get(name) != value:
             what = f"`output_path` `{folder}` contains samples encoded with other parameters: {_difference(name, before.get(name), value)}"
-            report(Problem(what, "choose another `--output_path`, or encode with the same parameters", wrong_use=True))
+            report(Problem(what, SAME_PARAMETERS, wrong_use=True))
             return
+    if encoded.with_empty_caption and not parameters.caption_dropout:
+        what = f"`output_path` `{folder}` contains samples encoded with `caption_dropout`, now it is `0`"
+        report(Problem(what, SAME_PARAMETERS, wrong_use=True))
 
 
 def _difference(name: str, before: Any, after: Any) -> str:

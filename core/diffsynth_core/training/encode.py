@@ -1,5 +1,6 @@
 """Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
 from diffsynth_core.stop import StopRequest
+from diffsynth_core.training.encode_batches import EncodingBatches, rounds_alike
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.workers import iterate
 
@@ -27,7 +29,7 @@ def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: i
     """Load what an encoder reads of a sample, in the form in which data workers pass it on.
 
     Args:
-        choice: which of the sample's captions.
+        choice: which of the sample's captions (`Sample.choices`).
 
     Returns:
         Column -> the caption as a string, the target as `[3, F, H, W]` uint8, or the files of a condition as a list of
@@ -35,8 +37,7 @@ def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: i
     """
     facts = plan.model.facts
     return {
-        column: load_input(value)
-        for column, value in inputs_of(facts, encoder, sample, sample.captions[choice]).items()
+        column: load_input(value) for column, value in inputs_of(facts, encoder, sample, sample.choices[choice]).items()
     }
 
 
@@ -108,22 +109,35 @@ def _encode(
     workers = min(plan.parameters.dataset_num_workers, len(refs))
     raw = iterate(_RawSamples(plan, part.encoder, refs), range(len(refs)), workers)
     warnings: dict[str, list[int]] = {}
+
+    def encode(samples: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+        return family.encode_batch(part.encoder, components, [scale_pixels(sample, device) for sample in samples])
+
+    batched = family.encoders[part.encoder.name].batched and rounds_alike(components[part.encoder.component])
+    batches = EncodingBatches[EncodingRef](encode, batched)
     with reporter.task(f"Encoding {part.encoder.name}", len(refs), "samples") as task:
-        for ref, sample in raw:
-            stop.raise_if_set()
-            try:
-                encoded = family.encode(part.encoder, components, scale_pixels(sample, device))
-            except DiffSynthError as error:
-                (problem,) = error.problems
-                raise DiffSynthError(
-                    f"{plan.data.samples.samples[ref.sample].name}: {problem.message}", problem.hint
-                ) from error
-            _check_encoded(plan, part, ref.sample, encoded, hashes)
-            part.cache.write(part.keys[ref], encoded)
-            warning = family.truncation_warning(part.encoder, components, sample)
-            if warning:
-                warnings.setdefault(warning, []).append(plan.data.samples.samples[ref.sample].row)
-            task.advance()
+
+        def store(encodings: Iterable[tuple[EncodingRef, Encoded]]) -> None:
+            for ref, encoded in encodings:
+                _check_encoded(plan, part, ref.sample, encoded, hashes)
+                part.cache.write(part.keys[ref], encoded)
+                task.advance()
+
+        try:
+            for ref, sample in raw:
+                stop.raise_if_set()
+                try:
+                    encoded = batches.add(ref, sample)
+                except DiffSynthError as error:
+                    (problem,) = error.problems
+                    raise DiffSynthError(
+                        f"{plan.data.samples.samples[ref.sample].name}: {problem.message}", problem.hint
+                    ) from error
+                store(encoded)
+                if warning := family.truncation_warning(part.encoder, components, sample):
+                    warnings.setdefault(warning, []).append(plan.data.samples.samples[ref.sample].row)
+        finally:  # a sample that cannot be loaded, or a stop, loses none of those before it
+            store(batches.rest())
     for warning, rows in warnings.items():
         reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
 

@@ -62,9 +62,10 @@ class _MicroBatches(Dataset[MicroBatch]):
         return MicroBatch(index.epoch, tuple(refs), encoded, raw, index.counts)
 
     def _choice(self, epoch: int, ref: SampleRef) -> int:
-        """Which of its captions a sample is trained with."""
+        """Which of its captions a sample is trained with, if with any."""
         captions = len(self._plan.data.samples.samples[ref.sample].captions)
-        return draw_choice(captions, self._plan.parameters.seed, epoch, ref.sample, ref.repeat)
+        params = self._plan.parameters
+        return draw_choice(captions, params.caption_dropout, params.seed, epoch, ref.sample, ref.repeat)
 
     def _read(self, sample: int, choice: int) -> Encoded:
         merged: Encoded = {}

@@ -23,6 +23,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.loading import module_shapes
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.encodings_plan import EncoderPlan
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import encoding_components, known_origin
 from diffsynth_core.progress import Reporter, SilentReporter
@@ -47,7 +48,8 @@ def precompute(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> EncodedS
 def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
     folder = plan.parameters.output_path
     plan = with_encodings(plan, reporter)
-    manifest = EncodedSamples(folder, _origin(plan))
+    with_empty_caption = any(sample.with_empty_caption for sample in plan.data.samples.samples)
+    manifest = EncodedSamples(folder, _origin(plan), with_empty_caption=with_empty_caption)
     _check_same(manifest)
     if not plan.encodings.components_to_load:
         number = len(plan.data.samples.samples)
@@ -75,7 +77,7 @@ def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, sto
 
 def _origin(plan: RunPlan) -> Origin:
     """Return what determines the encodings: parameters, files of encoders and dataset."""
-    keys = [[part.encoder.name, list(part.keys.values())] for part in plan.encodings.encoders]
+    keys = [[part.encoder.name, _keys_of_captions(plan, part)] for part in plan.encodings.encoders]
     made_by = encoding_components(plan.model.variant)
     return Origin(
         **known_origin(plan.parameters, plan.model.variant, plan.machine.mixed_precision, plan.data.fingerprint),
@@ -84,6 +86,12 @@ def _origin(plan: RunPlan) -> Origin:
         shapes=_fitting_shapes(plan),
         contents=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
     )
+
+
+def _keys_of_captions(plan: RunPlan, part: EncoderPlan) -> list[str]:
+    """Return an encoder's entries, without those of the empty caption, which can be added to encoded samples later."""
+    samples = plan.data.samples.samples
+    return [key for ref, key in part.keys.items() if ref.choice < len(samples[ref.sample].captions)]
 
 
 def _fitting_shapes(plan: RunPlan) -> dict[str, dict[str, list[int]]]:
@@ -130,6 +138,6 @@ def _files(plan: RunPlan) -> Iterator[dict[str, tuple[EncodedFile, ...]]]:
     for index, sample in enumerate(plan.data.samples.samples):
         files = {}
         for part in plan.encodings.encoders:
-            keys = [part.key(index, choice) for choice in range(len(sample.captions) if part.reads_text else 1)]
+            keys = [part.key(index, choice) for choice in range(len(sample.choices) if part.reads_text else 1)]
             files[part.encoder.name] = tuple(EncodedFile(key, part.cache.path(key).stat().st_size) for key in keys)
         yield files

@@ -8,8 +8,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import PICKLED_SUFFIXES
@@ -60,17 +61,26 @@ def read_header(path: Path) -> Header:
         DiffSynthError: if the file is not a safetensors file, is truncated, or its header has wrong offsets.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
-            begin = stream.read(8)
-            if begin.startswith(GGUF):
-                raise _gguf(path)
-            length = int.from_bytes(begin, "little")
-            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-                raise _damaged(path, size)
-            content = parse_json(stream.read(length).decode("utf-8"))
+            return _read(path, stream, path.stat().st_size)
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
+
+
+def parse_header(path: Path, content: bytes) -> Header:
+    """Return the header of a safetensors file that has been read, as `read_header` does; `path` is for messages."""
+    return _read(path, BytesIO(content), len(content))
+
+
+def _read(path: Path, stream: BinaryIO, size: int) -> Header:
+    begin = stream.read(8)
+    if begin.startswith(GGUF):
+        raise _gguf(path)
+    length = int.from_bytes(begin, "little")
+    if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise _damaged(path, size)
+    try:
+        content = parse_json(stream.read(length).decode("utf-8"))
     except ValueError as error:  # neither UTF-8 nor JSON
         raise _damaged(path, size) from error
     return _parse(path, content, 8 + length, size)

@@ -45,6 +45,7 @@ GIVEN = [
     },
     {"model_paths": [["only.safetensors", "two.safetensors"]]},
     {"lora_target_modules": [], "data_file_keys": [], "remove_prefix_in_ckpt": ""},
+    {"adam_betas": [0.9, 0.99], "caption_dropout": 0.1},
     {"find_unused_parameters": True, "use_gradient_checkpointing": True, "rehearse": False},
     {
         "model_id_with_origin_paths": ["Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"],
@@ -86,7 +87,7 @@ def test_a_command_line_is_written_for_people():
     ("value", "text"),
     [
         (16, "16"), ("a b", "a b"), (["a", "b"], "a,b"), ([], ""), (("image", "video"), "image,video"), (1.0, "1"), (0.01, "0.01"),
-        (1e-5, "1e-05"), (0.30000000000000004, "0.30000000000000004"), (["a", ["b", "c"]], '["a", ["b", "c"]]'), (Path("x/y"), "x/y"),
+        (1e-5, "1e-05"), (0.30000000000000004, "0.30000000000000004"), (["a", ["b", "c"]], '["a", ["b", "c"]]'), ((0.9, 0.99), "0.9,0.99"), (Path("x/y"), "x/y"),
     ],
 )  # fmt: skip
 def test_values_as_one_argument(value, text):

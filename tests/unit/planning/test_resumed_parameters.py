@@ -14,7 +14,7 @@ from diffsynth_core.progress import SilentReporter
 
 OTHER_VALUES: dict[str, Any] = {
     "int": 512, "float": 0.25, "path": "other", "str": "other", "comma list": "other", "memory": "12GB",
-    "json list": '["other"]',
+    "json list": '["other"]', "number pair": "0.9,0.99",
 }  # fmt: skip
 NUMBERS = ("learning_rate", "seed", "lora_rank", "zero_cond_t", "lr_scheduler", "height", "task", "extra_inputs")
 FREE = (
@@ -64,7 +64,9 @@ def test_only_what_changes_numbers_is_compared_by_what_comes_of_it():
     assert {setting.changes for setting in SETTINGS.values() if setting.compared != "value"} == {"numbers"}
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "weight_decay"])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "weight_decay", "adam_betas"]
+)
 def test_after_a_loss_that_was_not_finite_the_course_of_the_optimizer_is_free(tmp_path, name):
     now = {name: other_value(name)}
     (problem,) = problems_of_resuming(tmp_path / "run", dict(DEFAULTS), **now)

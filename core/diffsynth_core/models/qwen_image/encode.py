@@ -108,16 +108,16 @@ def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], cap
     return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS + DROPPED_TOKENS else None
 
 
-def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
-    """Encode the target.
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], targets: Sequence[Tensor]) -> list[Encoded]:
+    """Encode targets of one shape.
 
     Args:
-        pixels: `[3, F, H, W]` in [-1, 1], H and W multiples of 16.
+        targets: each `[3, F, H, W]` in [-1, 1], H and W multiples of 16.
 
     Returns:
-        `latents`: `[16, (F - 1) / 4 + 1, H / 8, W / 8]` float32.
+        `latents` of each: `[16, (F - 1) / 4 + 1, H / 8, W / 8]` float32.
     """
-    return {"latents": encode_normalized(components[encoder.component], pixels)}
+    return [{"latents": latents} for latents in encode_normalized(components[encoder.component], targets)]
 
 
 def encode_edit_latents(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
@@ -127,7 +127,7 @@ def encode_edit_latents(encoder: EncoderFacts, components: Mapping[str, Any], im
         `edit_latents_0`, `edit_latents_1` …: in order, each `[16, 1, h, w]` float32.
     """
     vae = components[encoder.component]
-    return {EDIT_LATENTS.format(number): encode_normalized(vae, image) for number, image in enumerate(images)}
+    return {EDIT_LATENTS.format(number): encode_normalized(vae, [image])[0] for number, image in enumerate(images)}
 
 
 def encode_controlnet_latents(
@@ -138,15 +138,15 @@ def encode_controlnet_latents(
     Returns:
         `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
     """
-    (image,) = images
-    return {CONTROL_LATENTS: encode_normalized(components[encoder.component], image)}
+    (latents,) = encode_normalized(components[encoder.component], images)
+    return {CONTROL_LATENTS: latents}
 
 
 ENCODERS = {
     "text": Encoder(encode_text, truncation_warning),
     "edit_text": Encoder(encode_edit_text),
     "edit_plus_text": Encoder(encode_edit_text),
-    "latents": Encoder(encode_latents),
+    "latents": Encoder(encode_latents, batched=True),
     "edit_latents": Encoder(encode_edit_latents),
     CONTROL_LATENTS: Encoder(encode_controlnet_latents),
 }

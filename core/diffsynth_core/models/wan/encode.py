@@ -1,6 +1,6 @@
 """Encoding of captions and clips for Wan, as in diffusers' `WanPipeline` and `WanImageToVideoPipeline`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,16 +33,16 @@ def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], cap
     return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS else None
 
 
-def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
-    """Encode a clip: the mean of the VAE's posterior, normalized per channel.
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], clips: Sequence[Tensor]) -> list[Encoded]:
+    """Encode clips of one shape: the means of the VAE's posteriors, normalized per channel.
 
     Args:
-        pixels: `[3, F, H, W]` in [-1, 1], F = 4n + 1.
+        clips: each `[3, F, H, W]` in [-1, 1], F = 4n + 1.
 
     Returns:
-        `latents`: `[C, n + 1, h, w]` float32.
+        `latents` of each: `[C, n + 1, h, w]` float32.
     """
-    return {"latents": encode_normalized(components[encoder.component], pixels)}
+    return [{"latents": latents} for latents in encode_normalized(components[encoder.component], clips)]
 
 
 def encode_with_clean_first_frame(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
@@ -51,7 +51,7 @@ def encode_with_clean_first_frame(encoder: EncoderFacts, components: Mapping[str
     Returns:
         `latents` as in `encode_latents`; `given`: mask of the clean latents, `[1, n + 1, 1, 1]`.
     """
-    encoded = encode_latents(encoder, components, pixels)
+    (encoded,) = encode_latents(encoder, components, [pixels])
     given = torch.zeros(1, encoded["latents"].shape[1], 1, 1)
     given[:, 0] = 1
     return encoded | {"given": given}
@@ -71,10 +71,11 @@ def encode_with_condition(encoder: EncoderFacts, components: Mapping[str, Any], 
     kept = torch.zeros_like(pixels)
     for frame in conditioning_frames(shown):
         kept[:, frame] = pixels[:, frame]
-    latents = encode_normalized(vae, kept)
+    (latents,) = encode_normalized(vae, [kept])
     mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
     spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    return {"latents": encode_normalized(vae, pixels), "condition": torch.cat([spread, latents])}
+    (target,) = encode_normalized(vae, [pixels])
+    return {"latents": target, "condition": torch.cat([spread, latents])}
 
 
 def conditioning_frames(shown: tuple[str, ...]) -> list[int]:
@@ -116,7 +117,7 @@ def encode_image(encoder: EncoderFacts, components: Mapping[str, Any], pixels: T
 
 ENCODERS = {
     "text": Encoder(encode_text, truncation_warning),
-    "latents": Encoder(encode_latents),
+    "latents": Encoder(encode_latents, batched=True),
     "latents_with_first_given": Encoder(encode_with_clean_first_frame),
     "latents_with_condition": Encoder(encode_with_condition),
     "image": Encoder(encode_image),

@@ -1,0 +1,89 @@
+"""Time of encoding small images in batches relative to one by one, and of planning and encoding more of them."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.plan import RunPlan, make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.loop import make_accelerator
+from diffsynth_core.training.stop import StopRequest
+from tests.conftest import write_metadata
+
+SIDE = 64
+
+
+@pytest.fixture
+def single_thread():
+    """Two threads per operation are slower than one on small images, and a busy machine makes them much slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_images(folder: Path, count: int) -> Path:
+    """Write images of random pixels, each with a caption of its own."""
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    write_metadata(folder, [(f"{number}.png", f"an image, number {number}") for number in range(count)])
+    return folder
+
+
+def planned(base: Path, dataset: Path, work: Path) -> RunPlan:
+    flags = {
+        "recipe": "qwen-image-lora", "dataset_base_path": str(dataset), "dataset_num_workers": 0, "device": "cpu",
+        "output_path": str(work / "out"), "cache_path": str(work / "cache"), "lora_rank": 2,
+    }  # fmt: skip
+    plan = make_plan(resolve(flags), SilentReporter(), base=base)
+    return with_encodings(plan, SilentReporter())
+
+
+def seconds_to_fill(plan: RunPlan, encoder: str) -> float:
+    """Fill the cache with the encodings of one encoder."""
+    chosen = tuple(part for part in plan.encodings.encoders if part.encoder.name == encoder)
+    plan = replace(plan, found_encodings=replace(plan.encodings, encoders=chosen))
+    family, accelerator = load_family(plan.model.facts.name), make_accelerator(plan)
+    started = time.perf_counter()
+    fill_cache(plan, family, accelerator, SilentReporter(), StopRequest())
+    return time.perf_counter() - started
+
+
+@pytest.mark.usefixtures("single_thread")
+@pytest.mark.parametrize(("encoder", "limit"), [("latents", 0.4), ("text", 0.7)])
+def test_batches_take_less_time_than_their_samples(tiny_models, tmp_path, bench, monkeypatch, encoder, limit):
+    count = bench.size(1000, 70)
+    dataset = write_images(tmp_path / "images", count)
+    together = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "together"), encoder)
+    monkeypatch.setattr("diffsynth_core.training.encode_batches.encoded_at_once", lambda *_: 1)
+    singly = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "singly"), encoder)
+    detail = f"{count / together:.0f} a second, {count / singly:.0f} one by one"
+    bench.at_most(f"filling the cache with {encoder}: in batches / one by one", together / singly, limit, detail)
+
+
+@pytest.mark.usefixtures("single_thread")
+def test_planning_and_encoding_take_time_in_proportion_to_the_images(tiny_models, tmp_path, bench):
+    few, many = bench.size((500, 2000), (20, 80))
+    seconds = {}
+    planned(tiny_models, write_images(tmp_path / "warm", 4), tmp_path)
+    for count in (few, many):
+        dataset, started = write_images(tmp_path / str(count), count), time.perf_counter()
+        plan = planned(tiny_models, dataset, tmp_path / f"work-{count}")
+        planning = time.perf_counter() - started
+        filling = sum(seconds_to_fill(plan, part.encoder.name) for part in plan.encodings.encoders)
+        seconds[count] = planning, filling
+    ratio = sum(seconds[many]) / (many / few * sum(seconds[few]))
+    parts = ", ".join(f"{part / many * 1000:.2f} ms" for part in seconds[many])
+    what = f"planning and encoding {many:,} images / {few:,}, {many // few} times"
+    bench.at_most(what, ratio, 1.3, f"planning and encoding an image: {parts}")
