@@ -103,8 +103,11 @@ def _missing(
             lacking |= set() if whole else {key}
             if task:
                 task.advance()
-    firsts = {key: ref for ref, key in reversed(keys.items())} if lacking else {}
-    return tuple(ref for ref, key in keys.items() if key in lacking and firsts[key] == ref)
+    firsts: dict[str, EncodingRef] = {}
+    for ref, key in keys.items():
+        if key in lacking:
+            firsts.setdefault(key, ref)
+    return tuple(firsts.values())
 
 
 def encodings_are_known(plan: RunPlan) -> bool:

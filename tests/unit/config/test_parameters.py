@@ -49,6 +49,11 @@ TAKEN = [
     ("task", "sft:data_process", "sft:data_process"),
     ("resume", "auto", "auto"),
     ("mixed_precision", None, None),
+    ("adam_betas", "0.9,0.99", (0.9, 0.99)),
+    ("adam_betas", " 0.9 , 0.99 ", (0.9, 0.99)),
+    ("adam_betas", [0.9, 0.99], (0.9, 0.99)),
+    ("adam_betas", "0,0", (0.0, 0.0)),
+    ("caption_dropout", "0.1", 0.1),
     ("gpu_memory", " 24GB ", "24GB"),
     ("gpu_memory", "79.6 gib", "79.6 gib"),
 ]
@@ -72,6 +77,12 @@ REFUSED = [
     *(("task", value) for value in ("SFT", "", None, "train")),
     *(("resume", value) for value in ("never", True, "")),
     *(("mixed_precision", value) for value in ("fp32", False)),
+    *(
+        ("adam_betas", value)
+        for value in ("", "0.9", "0.9,", "0.9,0.99,0.999", "a,b", "0.9,1", "-0.1,0.9", "0.9,nan", 0.9)
+    ),
+    *(("adam_betas", value) for value in (None, [True, 0.9], [0.9], {"a": 0.9, "b": 0.99})),
+    *(("caption_dropout", value) for value in (1, 1.5, -0.1, "nan", "often", True, None)),
     *(("gpu_memory", value) for value in ("24", 24, "", "GB", "-1GB", "24 TB", "1.GB")),
 ]
 
