@@ -260,7 +260,7 @@ def test_dropped_captions_resume_to_the_bit_with_other_workers(toy):
     resume = ("--output_path", "pieces", "--resume", "auto", "--max_steps", 8)
     refused = toy(*LORA, "--caption_dropout", 0.4, *resume)
     assert refused.code == 2
-    assert refused.err == names("caption_dropout", "0.5", "0.4", "pieces")
+    assert refused.err == names("caption_dropout", "0.5", "pieces", "0.4")
     outcome = toy(*flags, *resume, "--dataset_num_workers", 2)
     assert outcome.code == 0, outcome.err
     through, pieces = (load_file(f"{folder}/step-8.safetensors") for folder in ("through", "pieces"))
@@ -278,7 +278,8 @@ def test_dropped_captions_pass_through_a_folder_of_encoded_samples(toy):
     assert toy(*encode).code == 0
     refused = toy(*train, *dropped, "--output_path", "second")
     assert refused.code == 2
-    assert refused.err == names("caption_dropout", "encoded", "empty caption", "sft:data_process")
+    assert refused.err == names("caption_dropout", "encoded", "empty caption")
+    assert "sft:data_process" in refused.err
     outcome = toy(*encode, *dropped)
     assert outcome.code == 0, outcome.err
     assert "Encoding text: 1 of 1 samples" in outcome.err and "Encoding latents" not in outcome.err
