@@ -108,7 +108,7 @@ def test_wrong_values_fall_back_to_the_default_and_are_told_once_each(says, conf
         ("lora_rank", "0", names("lora_rank", "an integer", "at least 1", 0, "--lora_rank")),
         ("max_grad_norm", "0", names("max_grad_norm", "a number", "more than 0", 0, "--max_grad_norm")),
         ("max_timestep_boundary", "1.5", names("max_timestep_boundary", "a number", "at most 1.0", "1.5", "--max_timestep_boundary")),
-        ("caption_dropout", "1", names("caption_dropout", "a number", "less than 1", "--caption_dropout")),
+        ("caption_dropout", "1", names("caption_dropout", "a number", "less than 1.0", "--caption_dropout")),
         ("adam_betas", "0.9,1", names("adam_betas", "two comma-separated numbers", "less than 1", "0.9,1", "--adam_betas")),
         ("adam_betas", "0.9", names("adam_betas", "two comma-separated numbers", "0.9", "--adam_betas")),
         ("seed", str(2**63), names("seed", "an integer", "at most", 2**63 - 1, 2**63, "--seed")),
