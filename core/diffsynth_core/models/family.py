@@ -27,7 +27,8 @@ class Encoder:
             components, values of each of its columns) -> encodings of each of several samples.
         truncation_warning: (facts, components, caption) -> warning about what it ignores of a caption, or None; None:
             it always reads all.
-        batched: encodes samples together whose images and clips have the same shapes.
+        batched: encodes samples together whose images and clips have the same shapes, each as it is encoded alone
+            within 1e-6 in float32.
     """
 
     encode: Callable[..., Encoded] | Callable[..., list[Encoded]]

@@ -14,11 +14,6 @@ def stack_samples(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
 
 
-def batch_of(samples: Sequence[Tensor]) -> Tensor:
-    """Stack tensors of one shape, `[B, …]`. A single one is not copied: a clip may take gigabytes."""
-    return samples[0][None] if len(samples) == 1 else torch.stack(list(samples))
-
-
 def pack(latents: Tensor) -> Tensor:
     """Return 2 x 2 patches as tokens: `[B, C, 1, h, w]` -> `[B, (h/2)(w/2), 4C]`.
 

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth_core.models.patches import batch_of
-
 
 def encode_normalized(vae: Any, clips: Sequence[Tensor]) -> Tensor:
     """Return the means of the VAE's posteriors, normalized: clips of one shape, each `[3, F, H, W]` in [-1, 1] ->
@@ -15,7 +13,9 @@ def encode_normalized(vae: Any, clips: Sequence[Tensor]) -> Tensor:
 
     F = 4n + 1.
     """
-    latents: Tensor = vae.encode(batch_of(clips).to(vae.device, vae.dtype)).latent_dist.mode().float()
+    # A single one is not copied: a clip may take gigabytes.
+    batch = clips[0][None] if len(clips) == 1 else torch.stack(list(clips))
+    latents: Tensor = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mode().float()
     mean, std = _statistics(vae, latents.device)
     return (latents - mean) / std
 

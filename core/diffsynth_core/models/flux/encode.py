@@ -8,7 +8,6 @@ from torch import Tensor
 from diffsynth_core.models.control import CONTROL_LATENTS
 from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.flux.captions import CLIP_TOKENS, T5_TOKENS
-from diffsynth_core.models.patches import batch_of
 from diffsynth_core.models.spec import EncoderFacts
 
 KONTEXT_LATENTS = "kontext_latents_{}"
@@ -59,16 +58,16 @@ def _is_longer(tokenizer: Any, caption: str, length: int) -> bool:
     return len(tokenizer(caption, verbose=False)["input_ids"]) > length
 
 
-def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> list[Encoded]:
-    """Encode images of one shape: the means of the VAE's posteriors, shifted and scaled.
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
+    """Encode an image: the mean of the VAE's posterior, shifted and scaled.
 
     Args:
-        images: each `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
+        pixels: `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
 
     Returns:
-        `latents` of each: `[16, 1, H / 8, W / 8]` float32.
+        `latents`: `[16, 1, H / 8, W / 8]` float32.
     """
-    return [{"latents": latents} for latents in _latents(components[encoder.component], images)]
+    return {"latents": _latents(components[encoder.component], pixels)}
 
 
 def encode_references(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
@@ -78,7 +77,7 @@ def encode_references(encoder: EncoderFacts, components: Mapping[str, Any], imag
         `kontext_latents_0`, `kontext_latents_1` …: `[16, 1, H / 8, W / 8]` float32.
     """
     vae = components[encoder.component]
-    return {KONTEXT_LATENTS.format(number): _latents(vae, [image])[0] for number, image in enumerate(images)}
+    return {KONTEXT_LATENTS.format(number): _latents(vae, pixels) for number, pixels in enumerate(images)}
 
 
 def encode_controlnet_latents(
@@ -89,15 +88,14 @@ def encode_controlnet_latents(
     Returns:
         `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
     """
-    (latents,) = _latents(components[encoder.component], images)
-    return {CONTROL_LATENTS: latents}
+    (image,) = images
+    return {CONTROL_LATENTS: _latents(components[encoder.component], image)}
 
 
-def _latents(vae: Any, images: Sequence[Tensor]) -> Tensor:
-    """Return the latents of images of one shape, `[B, 16, 1, h, w]`."""
-    batch = batch_of(images)[:, :, 0].to(vae.device, vae.dtype)  # [B, 3, H, W]
+def _latents(vae: Any, pixels: Tensor) -> Tensor:
+    batch = pixels.movedim(1, 0).to(vae.device, vae.dtype)  # [1, 3, H, W]
     latents = vae.encode(batch).latent_dist.mode().float()
-    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor)[:, :, None]  # type: ignore[no-any-return]
+    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).movedim(0, 1)  # type: ignore[no-any-return]
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 ENCODERS = {
     "text_1": Encoder(encode_pooled_text, clip_truncation_warning),
     "text_2": Encoder(encode_text, t5_truncation_warning),
-    "latents": Encoder(encode_latents, batched=True),
+    "latents": Encoder(encode_latents),
     "kontext_latents": Encoder(encode_references),
     CONTROL_LATENTS: Encoder(encode_controlnet_latents),
 }

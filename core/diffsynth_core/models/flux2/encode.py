@@ -9,7 +9,6 @@ from torch import Tensor
 from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.flux2.captions import MAX_TOKENS
 from diffsynth_core.models.flux2.keys import TEXT_LAYERS
-from diffsynth_core.models.patches import batch_of
 from diffsynth_core.models.spec import EncoderFacts
 
 REFERENCE_LATENTS = "edit_latents_{}"
@@ -51,31 +50,29 @@ def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], cap
     return f"captions are truncated to {MAX_TOKENS} tokens, template included" if len(tokens) > MAX_TOKENS else None
 
 
-def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> list[Encoded]:
-    """Encode images of one shape: the means of the VAE's posteriors in 2 x 2 patches, normalized with the VAE's
-    running statistics.
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
+    """Encode an image: the mean of the VAE's posterior in 2 x 2 patches, normalized with the VAE's running statistics.
 
     Args:
-        images: each `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
+        pixels: `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
 
     Returns:
-        `latents` of each: `[128, 1, H / 16, W / 16]` float32.
+        `latents`: `[128, 1, H / 16, W / 16]` float32.
     """
-    return [{"latents": latents} for latents in _latents(components[encoder.component], images)]
+    return {"latents": _latents(components[encoder.component], pixels)}
 
 
 def encode_references(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
     """Encode reference images to `edit_latents_0`, `edit_latents_1` …, in order, as in `encode_latents`."""
     vae = components[encoder.component]
-    return {REFERENCE_LATENTS.format(number): _latents(vae, [image])[0] for number, image in enumerate(images)}
+    return {REFERENCE_LATENTS.format(number): _latents(vae, image) for number, image in enumerate(images)}
 
 
-def _latents(vae: Any, images: Sequence[Tensor]) -> Tensor:
-    """Return the latents of images of one shape, `[B, 128, 1, h, w]`."""
-    posterior = vae.encode(batch_of(images)[:, :, 0].to(vae.device, vae.dtype)).latent_dist
+def _latents(vae: Any, pixels: Tensor) -> Tensor:
+    posterior = vae.encode(pixels[None, :, 0].to(vae.device, vae.dtype)).latent_dist
     latents = patchify(posterior.mode().float())
     mean, std = _statistics(vae)
-    return ((latents - mean) / std)[:, :, None]
+    return ((latents - mean) / std)[0, :, None]
 
 
 def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
@@ -111,7 +108,7 @@ def unpatchify(latents: Tensor) -> Tensor:
 
 ENCODERS = {
     "text": Encoder(encode_text, truncation_warning),
-    "latents": Encoder(encode_latents, batched=True),
+    "latents": Encoder(encode_latents),
     "edit_image": Encoder(encode_references),
 }
 """Name -> encoder; spec.py has the facts."""

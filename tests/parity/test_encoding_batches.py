@@ -1,0 +1,95 @@
+"""A batch of small images or clips: within 1e-6 of each alone, and to the bit the same in any place of any batch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.size_facts import encoded_at_once
+from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.stop import StopRequest
+from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.loop import make_accelerator
+from tests.conftest import write_metadata
+from tests.parity.test_encoder_memory import encoders_of
+
+SHAPES = {"qwen-image": (1, 64, 96), "wan": (5, 32, 48), "wan ti2v": (5, 64, 64)}
+"""Of families whose VAE takes batches: that of FLUX rounds otherwise by up to 2e-6, and takes one after the other."""
+
+
+@pytest.fixture(params=SHAPES)
+def encode(request):
+    """Encode targets of one shape with a small VAE; its family's name is `request.param`."""
+    family, variant, encoders, config = encoders_of(request.param)
+    torch.manual_seed(0)
+    vae = family.build("vae", config).eval()
+    target = next(encoder for encoder in encoders if variant.target.column in encoder.columns)
+
+    def run(targets):
+        samples = [{variant.target.column: pixels} for pixels in targets]
+        with torch.no_grad():
+            return [encoded["latents"] for encoded in family.encode_batch(target, {"vae": vae}, samples)]
+
+    return SHAPES[request.param], run
+
+
+def test_a_batch_of_targets_equals_each_alone(encode):
+    shape, run = encode
+    size = encoded_at_once([shape])
+    assert size > 1
+    pixels = list(torch.rand(size, 3, *shape) * 2 - 1)
+    together = run(pixels)
+    for index in (0, size - 1):
+        (alone,) = run([pixels[index]])
+        assert alone.shape == together[index].shape
+        assert (alone - together[index]).abs().max() <= 1e-6 * together[index].abs().max().clamp(min=1)
+    in_other_places = run(pixels[1:] + pixels[:1])
+    assert all(torch.equal(one, other) for one, other in zip(together[1:], in_other_places[:-1], strict=True))
+    among_copies = run(pixels[:1] + pixels[1:2] * (size - 1))
+    assert torch.equal(among_copies[0], together[0]) and torch.equal(among_copies[-1], together[1])
+
+
+@pytest.fixture
+def planned(tiny_models, tmp_path):
+    """Plan a LoRA on 20 images of one small size and one of another, with a cache of this name."""
+    dataset = tmp_path / "images"
+    dataset.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 64, 64, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image[: 32 if number == 20 else 64]).save(dataset / f"{number:02}.png")
+    write_metadata(dataset, [(f"{number:02}.png", f"image {number % 5}") for number in range(21)])
+
+    def plan(cache: str, workers: int = 0):
+        flags = {"recipe": "qwen-image-lora", "dataset_base_path": str(dataset), "device": "cpu", "lora_rank": 2,
+                 "dataset_num_workers": workers, "output_path": str(tmp_path / "out"),
+                 "cache_path": str(tmp_path / cache)}  # fmt: skip
+        made = make_plan(resolve(flags), SilentReporter(), base=tiny_models)
+        return with_encodings(made, SilentReporter())
+
+    return plan
+
+
+def fill(plan) -> dict[str, bytes]:
+    """Fill the cache; return its entries."""
+    family = load_family(plan.model.facts.name)
+    fill_cache(plan, family, make_accelerator(plan), SilentReporter(), StopRequest())
+    folder = plan.output.cache / "encodings"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_cache_filled_in_two_goes_holds_the_same_bytes(planned):
+    once = fill(planned("once"))
+    assert len(once) == 21 + 5
+    first = planned("twice", workers=2)
+    some = [replace(part, missing=part.missing[1::3]) for part in first.encodings.encoders]
+    begun = fill(replace(first, found_encodings=replace(first.encodings, encoders=tuple(some))))
+    assert 0 < len(begun) < len(once) and begun.items() <= once.items()
+    again = planned("twice")
+    assert {part.encoder.name: len(part.missing) for part in again.encodings.encoders} == {"text": 3, "latents": 14}
+    assert fill(again) == once
