@@ -1,12 +1,15 @@
 """Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError, raise_if_any
 from diffsynth_core.hub.identity import HashCache
@@ -23,6 +26,9 @@ from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode_batches import EncodingBatches, rounds_alike
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.workers import iterate
+
+WRITING_THREADS = 8
+"""Entries that are written at once: a disk syncs several files in about the time of one."""
 
 
 def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: int = 0) -> dict[str, Any]:
@@ -115,12 +121,15 @@ def _encode(
 
     batched = family.encoders[part.encoder.name].batched and rounds_alike(components[part.encoder.component])
     batches = EncodingBatches[EncodingRef](encode, batched)
-    with reporter.task(f"Encoding {part.encoder.name}", len(refs), "samples") as task:
+    with (
+        reporter.task(f"Encoding {part.encoder.name}", len(refs), "samples") as task,
+        _Writer(part.cache) as writer,
+    ):
 
         def store(encodings: Iterable[tuple[EncodingRef, Encoded]]) -> None:
             for ref, encoded in encodings:
                 _check_encoded(plan, part, ref.sample, encoded, hashes)
-                part.cache.write(part.keys[ref], encoded)
+                writer.write(part.keys[ref], encoded)
                 task.advance()
 
         try:
@@ -140,6 +149,36 @@ def _encode(
             store(batches.rest())
     for warning, rows in warnings.items():
         reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
+
+
+class _Writer:
+    """Writes entries in threads: encoding need not wait until the disk has each of them.
+
+    Leaving the block waits for all, and raises what went wrong with one.
+    """
+
+    def __init__(self, cache: EncodingCache) -> None:
+        self._cache, self._pool = cache, ThreadPoolExecutor(WRITING_THREADS)
+        self._writes: deque[Future[None]] = deque()
+
+    def write(self, key: str, encoded: Encoded) -> None:
+        """Write an entry, after one of those before it if there are many.
+
+        Raises:
+            DiffSynthError: if one of those before it cannot be written.
+        """
+        if len(self._writes) == WRITING_THREADS:
+            self._writes.popleft().result()
+        in_host_memory = {name: tensor.cpu() for name, tensor in encoded.items()}
+        self._writes.append(self._pool.submit(self._cache.write, key, in_host_memory))
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._pool.shutdown()
+        for write in self._writes if error is None else ():
+            write.result()
 
 
 def _check_encoded(plan: RunPlan, part: EncoderPlan, index: int, encoded: Encoded, hashes: HashCache) -> None:
