@@ -36,6 +36,8 @@ class Process(Protocol):
 class TrainingRun:
     """`diffsynth train` in a separate process, which is the leader of a session."""
 
+    command = "train"
+
     def __init__(self, words: list[str], models: Path, folder: Path, **streams: object) -> None:
         self.mark = f"{os.getpid()}-{random.SystemRandom().getrandbits(64)}"
         self.log = folder / f"stderr-{self.mark}"
@@ -45,7 +47,7 @@ class TrainingRun:
 
     def _start(self, words: list[str], environment: dict[str, str], folder: Path, **streams: object) -> Process:
         return subprocess.Popen(
-            [sys.executable, "-m", "diffsynth_cli", "train", *words],
+            [sys.executable, "-m", "diffsynth_cli", self.command, *words],
             cwd=folder,
             env=environment,
             start_new_session=True,
@@ -122,7 +124,7 @@ class ForkedRun(TrainingRun):
             for number, stream in ((1, streams["stderr"]), (2, streams["stderr"])):
                 os.dup2(stream.fileno(), number)
             sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-            code = main(["train", *words])
+            code = main([self.command, *words])
         except BaseException:
             traceback.print_exc()
             code = 99

@@ -94,7 +94,7 @@ def generate(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--checkpoint", metavar="FILE", help="Full weights of one component, in place of those of the recipe or run"
+            "--checkpoint", metavar="PATH", help="Full weights of one component, in place of those of the recipe or run"
         ),
     ] = None,
     run: Annotated[

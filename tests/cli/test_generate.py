@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.checkpoints.run_folder import CheckpointEntry, RunRecord
-from diffsynth_core.config.parameters import DEFAULTS
 from tests.cli.conftest import HubAccessError, read_problems, stamps
 from tests.conftest import MODEL_ID, PLACES
 from tests.loras import random_lora, save_lora
 from tests.naming import in_any_order, names
+from tests.recorded_runs import record_run
 
 QWEN = ("--recipe", "qwen-image-lora", "--device", "cpu")
 EDIT = ("--recipe", "qwen-image-edit-lora", "--device", "cpu")
@@ -50,33 +49,6 @@ def image(tmp_path) -> Path:
     path = tmp_path / "cat.png"
     Image.new("RGB", (96, 96), "orange").save(path)
     return path
-
-
-def record_run(folder: Path, dataset: Path, **changes: object) -> Path:
-    """Write the record of a run of the tiny Qwen-Image."""
-    entries = [f"{MODEL_ID}:{place}" for place in PLACES.values()]
-    parameters = DEFAULTS | {
-        "model_id_with_origin_paths": entries,
-        "lora_base_model": "dit",
-        "dataset_base_path": str(dataset),
-        "height": 64,
-        "width": 96,
-    }
-    folder.mkdir()
-    record = RunRecord(
-        parameters=parameters | changes,
-        family="qwen-image",
-        seed=0,
-        dataset_fingerprint="",
-        components={},
-        mixed_precision="no",
-        micro_batches_per_step=1,
-    )
-    for path in sorted(folder.parent.glob("*.safetensors")):
-        (folder / path.name).write_bytes(path.read_bytes())
-        record.add_checkpoint(CheckpointEntry(path.name, 1, 0, "", 0))
-    record.save(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

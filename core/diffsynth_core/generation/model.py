@@ -10,7 +10,7 @@ from diffsynth_core.config.origins import Origin
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
-from diffsynth_core.hub.model_files import expand_entry, split_entry
+from diffsynth_core.hub.model_files import expand_entry, expand_local, split_entry
 from diffsynth_core.models.recognition import component_at, recognize_component
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import FamilyFacts
@@ -113,12 +113,14 @@ def _component_in(path: Path, resolved: Resolved) -> str | None:
     """Return the component whose full weights are in a checkpoint; None if it cannot replace one, which is reported,
     or is unknown, which finding the components reports.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        report(Problem(f"`--checkpoint` `{path}` {what}", "pass a checkpoint file", wrong_use=True))
+    paths = expand_local(str(path))
+    if not paths:
+        what = "holds no weights" if path.is_dir() else "does not exist"
+        hint = "pass a checkpoint file, or the folder of its shards"
+        report(Problem(f"`--checkpoint` `{path}` {what}", hint, wrong_use=True))
         return None
     try:
-        parts = read_parts([path])
+        parts = read_parts(paths)
     except DiffSynthError as error:
         report(*error.problems)
         return None
