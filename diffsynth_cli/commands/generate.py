@@ -52,7 +52,7 @@ HELP_TEXTS = {
     "weights fit",
 }
 """Parameter -> what it does here, where that is not what it does in training."""
-OWN_OPTIONS = ("prompt", "prompts", "negative_prompt", "steps", "cfg_scale", "guidance", "lora", "checkpoint", "run",
+OWN_OPTIONS = ("prompt", "prompts", "negative_prompt", "steps", "cfg_scale", "guidance", "lora", "lora_dit2", "checkpoint", "run",
                "grid", "out", "format")  # fmt: skip
 """Those that are neither parameters nor images."""
 
@@ -90,6 +90,14 @@ def generate(
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", metavar="FILE[:WEIGHT]", help="A LoRA, in any format; repeatable")
+    ] = None,
+    lora_dit2: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora_dit2",
+            metavar="FILE[:WEIGHT]",
+            help="A LoRA of the second of two transformers (the low-noise one of Wan 2.2 A14B); repeatable",
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -135,6 +143,7 @@ def generate(
         guidance=guidance,
         images=images,
         loras=tuple(lora or ()),
+        second_loras=tuple(lora_dit2 or ()),
         checkpoint=checkpoint,
         run=run,
         out=out,

@@ -30,6 +30,9 @@ def plan_lines(generation: Generation) -> Iterator[str]:
     yield _labeled("Model", f"{model} on {plan.machine.device} in {PRECISIONS.get(precision, precision)}")
     for number, (name, files) in enumerate(plan.model.components.items()):
         yield _labeled("" if number else "Files", f"{name}: {files.origin} ({_size(plan, name)})")
+    boundary, second = plan.model.variant.sampling.boundary, plan.model.facts.second_denoiser
+    if boundary is not None and second not in plan.model.components:
+        yield _labeled("", "one of two transformers, which draws all steps; without `--only`, each draws its own")
     for number, line in enumerate(_lora_lines(generation)):
         yield _labeled("" if number else "LoRA", line)
     if len(generation.plans) > 1:
@@ -100,21 +103,21 @@ def _prompt_lines(generation: Generation) -> Iterator[str]:
 def weight_bytes(plan: GenerationPlan) -> dict[str, int]:
     """Bytes of the weights on the device at each moment: components that are there at once -> bytes."""
     precision, model = plan.machine.mixed_precision, plan.model
-    together = [
-        name
-        for name in model.components
-        if name in (model.facts.denoiser, model.facts.second_denoiser, *model.variant.step_components, VAE)
-    ]
+    drawing = [model.facts.denoiser, *model.variant.step_components]
+    second = [model.facts.second_denoiser, *model.variant.step_components]
+    # Of two denoisers, the first has gone when the second and the VAE come.
+    stages = [drawing, [*second, VAE]] if model.facts.second_denoiser in model.components else [[*drawing, VAE]]
     encoders = dict.fromkeys(encoder.component for encoder in model.variant.encoders)
     # Encoders compute in float32 where the range of fp16 would not do.
     in_encoders = "no" if ENCODER_DTYPES[precision] == "float32" else precision
 
     def size(name: str) -> int:
-        own = precision if name in together and name != VAE else in_encoders
+        own = in_encoders if name in encoders else precision
         return frozen_bytes(plan, name, own, model.components[name].storage)
 
-    moments = {name: size(name) for name in encoders if name in model.components and name != VAE}
-    return {**moments, " and ".join(together): sum(map(size, together))}
+    moments = [[name] for name in encoders if name != VAE] + stages
+    present = [[name for name in moment if name in model.components] for moment in moments]
+    return {" and ".join(names): sum(map(size, names)) for names in present if names}
 
 
 def _memory(generation: Generation) -> str:

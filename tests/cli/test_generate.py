@@ -264,9 +264,15 @@ def test_a_file_in_place_of_the_output_folder(refuse, tmp_path):
     ]
 
 
-def test_a_recipe_with_stages(refuse, cli):
-    problems = refuse("--recipe", "wan2.2-t2v-a14b-lora", "--prompt", "a")[1]
-    assert (names("high, low"), names("--only")) in problems
+def test_stages_that_are_no_two_denoisers(refuse, config):
+    path = config("extends: qwen-image-lora\nstages: {one: {parameters: {seed: 1}}, two: {parameters: {seed: 2}}}\n")
+    problems = refuse("--config", path, "--device", "cpu", "--prompt", "a")[1]
+    assert problems == [(names("one, two"), names("--only"))]
+
+
+def test_a_lora_for_a_second_transformer_that_there_is_not(refuse, lora):
+    problems = refuse(*QWEN, "--prompt", "a", "--lora_dit2", lora)[1]
+    assert problems == [(names(lora, "second", "Qwen-Image"), names("--lora"))]
 
 
 def test_a_folder_that_is_no_run(refuse, tmp_path):

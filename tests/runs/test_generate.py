@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth_cli.main import main
+from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.data.videos import load_clip
 from tests.conftest import ENTRIES, MODEL_ID, PLACES
 from tests.killing import ForkedRun
@@ -201,3 +203,25 @@ def test_ctrl_c_leaves_whole_images(cli, tiny_models, tmp_path):
     assert all(pixels(path).shape == (64, 64, 3) for path in images)
     assert [line for line in said.splitlines() if line.endswith(".png")] == [f"out/{path.name}" for path in images]
     assert f"{len(images)} of 200 images are in `out`" in said
+
+
+def test_both_transformers_of_wan_2_2(cli, recipe_models, entry_models, tiny_families, monkeypatch, tmp_path):
+    """Stages of a recipe are the two denoisers of one model; each has LoRAs of its own."""
+    recipe = "wan2.2-t2v-a14b-lora"
+    stages = resolve_stages({"recipe": recipe})
+    base = entry_models(*(entry for one in stages for entry in one.parameters.model_id_with_origin_paths))
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))
+    shapes = tiny_families("wan").module_shapes()
+    lora = save_lora(tmp_path / "style.safetensors", random_lora(shapes, spread=0.3), "wan", "diffsynth")
+    small = ("--recipe", recipe, "--device", "cpu", "--height", 32, "--width", 48, "--num_frames", 1, "--steps", 4,
+             "--prompt", "rain")  # fmt: skip
+    cases = {
+        "plain": (), "high": ("--only", "high"), "first": ("--lora", lora), "second": ("--lora_dit2", lora),
+        "neither": ("--lora", f"{lora}:0", "--lora_dit2", f"{lora}:0"),
+    }  # fmt: skip
+    drawn = {name: pixels(draw(cli, *small, *words, "--out", name)[0]) for name, words in cases.items()}
+    assert (drawn["plain"] == drawn["neither"]).all()
+    different = [drawn[name] for name in ("plain", "high", "first", "second")]
+    assert all((one != other).any() for one, other in combinations(different, 2))
+    content = described(Path("plain/0001.png"))["components"]
+    assert "high_noise_model" in content["dit"]["source"] and "low_noise_model" in content["dit2"]["source"]

@@ -17,6 +17,8 @@ from diffsynth_core.weights.headers import read_header
 from diffsynth_core.weights.lora import Lora
 from diffsynth_core.weights.weighted_files import WeightedFile, parse_weights
 
+_Weights = tuple[Path, tuple[float, ...]]
+"""A file with its weights, one for each column or one for all."""
 WITHOUT = "without LoRA"
 """Label of a column whose LoRA has the weight 0."""
 BEFORE = "before training"
@@ -30,28 +32,31 @@ class Column:
     Attributes:
         checkpoint: full weights in place of those of a component.
         component: that of the LoRAs; None: recognized by their keys.
+        second_loras: those of the second of two denoisers.
     """
 
     label: str = ""
     checkpoint: Path | None = None
     loras: tuple[WeightedFile, ...] = ()
     component: str | None = None
+    second_loras: tuple[WeightedFile, ...] = ()
 
 
 def find_columns(request: GenerationRequest, record: RunRecord | None) -> list[Column]:
     """Return the columns of a request, one without a grid. Reports problems."""
-    given = list(_parse(request.loras))
-    if record is not None and request.run is not None and not (request.loras or request.checkpoint):
+    given, second = list(_parse(request.loras)), list(_parse(request.second_loras))
+    if record is not None and request.run is not None and not (given or request.loras or request.checkpoint):
         return _of_run(request.run, record, request.grid)
-    several = [path for path, weights in given if len(weights) > 1]
-    if several and not request.grid:
-        what = f"`--lora` `{several[0]}` has several weights, which make the columns of a grid"
-        report(Problem(what, "add `--grid`, or choose one weight", wrong_use=True))
-    if len(several) > 1:
-        what = f"`--lora` `{several[0]}` and `{several[1]}` both have several weights"
-        report(Problem(what, "vary one LoRA at a time", wrong_use=True))
-    count = max((len(weights) for _, weights in given), default=1)
-    return [_column(given, number, request.checkpoint) for number in range(count)]
+    for loras in (given, second):
+        several = [path for path, weights in loras if len(weights) > 1]
+        if several and not request.grid:
+            what = f"`--lora` `{several[0]}` has several weights, which make the columns of a grid"
+            report(Problem(what, "add `--grid`, or choose one weight", wrong_use=True))
+        if len(several) > 1:
+            what = f"`--lora` `{several[0]}` and `{several[1]}` both have several weights"
+            report(Problem(what, "vary one LoRA at a time", wrong_use=True))
+    count = max((len(weights) for _, weights in (*given, *second)), default=1)
+    return [_column(given, second, number, request.checkpoint) for number in range(count)]
 
 
 def _parse(texts: Sequence[str]) -> Iterator[tuple[Path, tuple[float, ...]]]:
@@ -74,12 +79,15 @@ def _parse(texts: Sequence[str]) -> Iterator[tuple[Path, tuple[float, ...]]]:
         yield path, weights
 
 
-def _column(given: Sequence[tuple[Path, tuple[float, ...]]], number: int, checkpoint: Path | None) -> Column:
-    loras = tuple(WeightedFile(path, weights[min(number, len(weights) - 1)]) for path, weights in given)
-    varying = next((lora for lora, (_, weights) in zip(loras, given, strict=True) if len(weights) > 1), None)
-    if varying is None:
-        return Column(", ".join(_label(lora) for lora in loras), checkpoint, loras)
-    return Column(_label(varying), checkpoint, loras)
+def _column(given: Sequence[_Weights], second: Sequence[_Weights], number: int, checkpoint: Path | None) -> Column:
+    loras, others = (
+        tuple(WeightedFile(path, weights[min(number, len(weights) - 1)]) for path, weights in some)
+        for some in (given, second)
+    )
+    named = zip((*loras, *others), (*given, *second), strict=True)
+    varying = [lora for lora, (_, weights) in named if len(weights) > 1] or [*loras, *others]
+    label = ", ".join(dict.fromkeys(map(_label, varying)))
+    return Column(label, checkpoint, loras, second_loras=others)
 
 
 def _label(lora: WeightedFile) -> str:
@@ -112,11 +120,13 @@ class LoraReader:
 
     def __init__(self, found: ModelPlan) -> None:
         self._found = found
-        self._known: dict[Path, tuple[Lora, str] | None] = {}
+        self._known: dict[tuple[Path, str | None], tuple[Lora, str] | None] = {}
 
     def applied(self, column: Column) -> tuple[AppliedLora, ...]:
         """Return the LoRAs of a column; those that cannot be used are left out and reported."""
-        found = ((self._read(lora.path, column.component), lora.weight) for lora in column.loras)
+        second = self._found.facts.second_denoiser
+        files = [(lora, column.component) for lora in column.loras] + [(lora, second) for lora in column.second_loras]
+        found = [(self._read(lora.path, component), lora.weight) for lora, component in files]
         return tuple(
             AppliedLora(lora=read[0], component=read[1], weight=weight, shapes=tensor_shapes(read[1], self._found))
             for read, weight in found
@@ -124,15 +134,21 @@ class LoraReader:
         )
 
     def _read(self, path: Path, component: str | None) -> tuple[Lora, str] | None:
-        if path not in self._known:
-            self._known[path] = self._match(path, component)
-        return self._known[path]
+        if (path, component) not in self._known:
+            self._known[path, component] = self._match(path, component)
+        return self._known[path, component]
 
     def _match(self, path: Path, component: str | None) -> tuple[Lora, str] | None:
         """Return a LoRA and the component that it is for: the denoiser, or one that runs in every step beside it."""
         facts = self._found.facts
+        if component is not None and component == facts.second_denoiser and component not in self._found.components:
+            what = f"`{path}` is for the second of two transformers, but {self._found.variant.title} is drawn with one"
+            report(Problem(what, "pass it with `--lora`", wrong_use=True))
+            return None
         drawing = [
-            name for name in (facts.denoiser, *self._found.variant.step_components) if self._found.shapes.get(name)
+            name
+            for name in (facts.denoiser, *self._found.variant.step_components, *([component] if component else []))
+            if self._found.shapes.get(name)
         ]
         if component and component not in drawing:
             hint = f"only LoRAs of {' and '.join(drawing)} can be drawn with"

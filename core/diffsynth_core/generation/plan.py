@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import independent_problems, parameters_of_other_families
@@ -15,7 +16,13 @@ from diffsynth_core.generation.columns import Column, LoraReader, find_columns
 from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
 from diffsynth_core.generation.model import find_model, with_checkpoint, with_inputs
 from diffsynth_core.generation.prompts import PromptRow, image_inputs, read_prompts, rows_of_options
-from diffsynth_core.generation.request import GenerationRequest, ModelSource, SamplingChoice, read_numbers
+from diffsynth_core.generation.request import (
+    GenerationRequest,
+    ModelSource,
+    SamplingChoice,
+    one_stage_problem,
+    read_numbers,
+)
 from diffsynth_core.generation.run_prompts import prompts_of_run
 from diffsynth_core.hub.file_requests import FileRequest
 from diffsynth_core.hub.model_files import missing_in_one
@@ -26,6 +33,7 @@ from diffsynth_core.planning.output import cache_faults, folder_faults
 from diffsynth_core.planning.plan import Machine
 from diffsynth_core.planning.required_files import files_of_stages
 
+T = TypeVar("T")
 OUTPUTS = Path("generated")
 """Parent of the default output folders."""
 SHEET = "grid.png"
@@ -177,6 +185,7 @@ def files_to_download(source: ModelSource, request: GenerationRequest, base: Pat
     with collect_problems():  # which planning reports
         columns, inputs = find_columns(request, source.record), _given_inputs(request, _given_prompts(request))
         stages = [with_checkpoint(source.resolved, one.checkpoint, base)[0] for one in dict.fromkeys(columns)]
+        stages += [source.second] if source.second else []
         return files_of_stages([with_inputs(resolved, inputs) for resolved in stages])
 
 
@@ -209,12 +218,37 @@ def _find_models(
     resolved, models = source.resolved, {}
     for checkpoint in dict.fromkeys(column.checkpoint for column in columns):
         changed, found = find_model(*with_checkpoint(source.resolved, checkpoint, base), inputs, base)
+        if found and source.second:
+            found = _with_second(found, source, inputs, base)
         if found:
             models[checkpoint], resolved = found, changed
     first = next(iter(models.values()), None)
     if first and source.resolved.family is None:
         report(*parameters_of_other_families(resolved.parameters, first.facts.name, resolved.origins))
     return resolved.parameters, models
+
+
+def _with_second(found: ModelPlan, source: ModelSource, inputs: Sequence[str], base: Path) -> ModelPlan:
+    """Return a model of two denoisers with the second one, which is that of the second stage."""
+    assert source.second
+    first, second = found.facts.denoiser, found.facts.second_denoiser
+    if not second or found.variant.sampling.boundary is None:
+        report(one_stage_problem((source.resolved, source.second)))
+        return found
+    _, other = find_model(*with_checkpoint(source.second, None, base), inputs, base)
+    if not other or first not in other.components:
+        return found
+
+    def added(known: Mapping[str, T], more: Mapping[str, T]) -> dict[str, T]:
+        return {**known, **({second: more[first]} if first in more else {})}
+
+    return replace(
+        found,
+        components=added(found.components, other.components),
+        shapes=added(found.shapes, other.shapes),
+        published=added(found.published, other.published),
+        stored=added(found.stored, other.stored),
+    )
 
 
 def _defaults(

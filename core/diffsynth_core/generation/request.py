@@ -27,6 +27,7 @@ class GenerationRequest:
         negative_prompt, steps, cfg_scale, guidance: None: the documented default of the model.
         images: extra input -> its files, for all prompts.
         loras: each `FILE`, `FILE:WEIGHT` or, for a grid, `FILE:WEIGHT,WEIGHT,…`.
+        second_loras: those of the second of two denoisers.
         checkpoint: full weights of one component, in place of the files of the recipe or run.
         run: folder of a run whose model, last checkpoint and captions are used.
         out: output folder; None: `generated/` and the name of the recipe or run.
@@ -41,6 +42,7 @@ class GenerationRequest:
     guidance: float | str | None = None
     images: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
+    second_loras: tuple[str, ...] = ()
     checkpoint: Path | None = None
     run: Path | None = None
     out: Path | None = None
@@ -97,11 +99,13 @@ class ModelSource:
     Attributes:
         name: of the recipe, configuration file or run, for the output folder.
         record: that of the run, if one is named.
+        second: parameters of the second of two stages, whose model may be the second of two denoisers.
     """
 
     resolved: Resolved
     name: str
     record: RunRecord | None = None
+    second: Resolved | None = None
 
 
 def find_source(request: GenerationRequest, flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> ModelSource:
@@ -123,10 +127,10 @@ def find_source(request: GenerationRequest, flags: Mapping[str, Any], unknown: S
                 what = f"`--run` takes model and parameters from `{request.run / RECORD}`, and `--{name}` is given too"
                 report(Problem(what, "remove one of them", wrong_use=True))
     if request.run is None:
-        resolved = _one_stage(resolve_stages(flags, unknown))
+        resolved, second = _stages(resolve_stages(flags, unknown))
         parameters = resolved.parameters
         name = parameters.recipe or (parameters.config.stem if parameters.config else "") or resolved.family or "images"
-        return ModelSource(_with(resolved, problems), name)
+        return ModelSource(_with(resolved, problems), name, second=second)
     record = _read_run(request.run)
     kept = {name: value for name, value in flags.items() if name not in MODEL_SOURCES}
     resolved = resolve_recorded(_of_model(record), record.family, f"`{request.run / RECORD}`", kept, unknown)
@@ -160,14 +164,19 @@ def _check_sides(flags: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in flags.items() if name != sides[0]}
 
 
-def _one_stage(stages: Sequence[Resolved]) -> Resolved:
-    """Return the only stage; the first one of several, whose problem says that one must be chosen."""
-    if len(stages) == 1:
-        return stages[0]
+def _stages(stages: Sequence[Resolved]) -> tuple[Resolved, Resolved | None]:
+    """Return the parameters of the first stage, and of the second of two; more than two cannot draw one image."""
+    if len(stages) > 2:
+        problem = one_stage_problem(stages)
+        return replace(stages[0], problems=(*stages[0].problems, problem)), None
+    return stages[0], stages[1] if len(stages) == 2 else None
+
+
+def one_stage_problem(stages: Sequence[Resolved]) -> Problem:
+    """Return the problem of stages that do not have the two denoisers of one model."""
     listed = ", ".join(str(resolved.stage) for resolved in stages)
     what = f"there are the stages {listed}, and each has a model of its own"
-    problem = Problem(what, "choose one with `--only`", wrong_use=True)
-    return replace(stages[0], problems=(*stages[0].problems, problem))
+    return Problem(what, "choose one with `--only`", wrong_use=True)
 
 
 def _read_run(folder: Path) -> RunRecord:

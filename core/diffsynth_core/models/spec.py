@@ -304,8 +304,9 @@ class FamilyFacts:
     later_inputs: tuple[str, ...] = ()
 
     def component(self, name: str) -> ComponentFacts:
-        """Return the component of a name."""
-        return next(component for component in self.components if component.name == name)
+        """Return the component of a name; the second of two denoisers is like the first."""
+        known = self.denoiser if name and name == self.second_denoiser else name
+        return next(component for component in self.components if component.name == known)
 
     def published_sizes(self, component: str, model_id: str, place: str) -> HubModelSize | None:
         """Return the published component of an entry `model_id:place`, if its size is known."""
