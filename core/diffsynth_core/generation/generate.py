@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffsynth_core.errors import Interrupted
+from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.generation.encoding import EncodedJob, encode_jobs
 from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
 from diffsynth_core.generation.loras import lora_setup, merged_differences, set_loras
@@ -35,7 +35,7 @@ def generate(
     before the second is loaded.
 
     Raises:
-        DiffSynthError: if an image cannot be read, or an encoding contains NaN or Inf.
+        DiffSynthError: if an image cannot be read, or encodings or latents contain NaN or Inf.
         Interrupted: if a stop is requested; between steps.
     """
     for job, pixels in draw(plan, reporter, stop):
@@ -131,7 +131,7 @@ class _Drawing:
         setup: ComponentSetup = FROZEN,
         change: WeightChange | None = None,
     ) -> nn.Module:
-        self._stop.raise_if_set()
+        self._raise_if_stopped()
         model = self._plan.model
         return load_planned(
             model, self.family, component, dtype, self.device, self._reporter, setup=setup, change=change
@@ -191,6 +191,15 @@ class _Drawing:
 
     @torch.no_grad()
     def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
-        """Return the pixels of latents, `[3, F, H, W]` in [0, 1]."""
+        """Return the pixels of latents, `[3, F, H, W]` in [0, 1].
+
+        Raises:
+            DiffSynthError: if the latents contain NaN or Inf.
+        """
+        if not bool(latents.isfinite().all()):
+            raise DiffSynthError(
+                f"the predictions of the {self._plan.model.facts.denoiser} contain NaN or Inf",
+                "check its files and LoRAs, or pass `--mixed_precision bf16` or `no`",
+            )
         pixels = self.family.decode(components, latents)[0]
         return (pixels / 2 + 0.5).clamp(0, 1)

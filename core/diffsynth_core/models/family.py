@@ -137,8 +137,7 @@ class Family(ABC):
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Return the velocity with classifier-free guidance, from those of the two prompts, `[B, C, F, h, w]` float32.
 
-        negative + scale (positive - negative), equation 6 of https://arxiv.org/abs/2207.12598 with another origin of
-        the scale.
+        negative + scale (positive - negative): equation 6 of https://arxiv.org/abs/2207.12598 with w = scale - 1.
         """
         return negative + scale * (positive - negative)
 

@@ -17,6 +17,8 @@ def euler(config: Mapping[str, Any], steps: int, mu: float) -> Any:
     Args:
         config: the published scheduler_config.json; `use_dynamic_shifting` is true in it.
     """
+    # One sigma cannot be both the first and, stretched to `shift_terminal`, the last: diffusers divides 0 by 0.
+    config = config if steps > 1 else {**config, "shift_terminal": None}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     scheduler.set_begin_index(0)

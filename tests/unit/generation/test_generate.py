@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.errors import Interrupted, collect_problems
+from diffsynth_core.errors import DiffSynthError, Interrupted, collect_problems
 from diffsynth_core.generation import encoding
 from diffsynth_core.generation.encoding import encode_jobs
 from diffsynth_core.generation.generate import generate
@@ -79,6 +79,13 @@ def test_without_guidance_nothing_is_predicted_or_encoded_for_the_negative_promp
     assert len(calls) == 3 and len(list(made.cache.rglob("*.safetensors"))) == 1
     list(generate(plan(job), QUIET, StopRequest()))
     assert len(calls) == 3 + 6 and len(list(made.cache.rglob("*.safetensors"))) == 2
+
+
+def test_latents_that_are_not_finite_are_an_error_and_no_image(plan, monkeypatch):
+    monkeypatch.setattr(Toy, "predict_velocity", lambda self, components, noisy, *_: noisy / 0)
+    with pytest.raises(DiffSynthError, match="predictions of the dit contain NaN or Inf") as caught:
+        list(generate(plan(JOB), QUIET, StopRequest()))
+    assert "--mixed_precision" in str(caught.value.problems[0].hint)
 
 
 def test_cached_prompts_need_no_encoder(plan, monkeypatch):

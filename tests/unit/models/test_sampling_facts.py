@@ -4,7 +4,7 @@ import pytest
 
 from diffsynth_core.models.flux2.sampling import empirical_shift
 from diffsynth_core.models.qwen_image.sampling import SCHEDULER
-from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.schedulers import token_shift
 
 I2V = {"dit": {"patch_embedding.weight": (1, 36), "proj_out.weight": (64, 1)}}
@@ -70,6 +70,16 @@ def test_the_documented_size_is_one_that_the_model_takes():
         variant = FAMILIES[family].variant({}, (), origin)
         sides = (variant.sampling.height, variant.sampling.width)
         assert [side % variant.target.size_factor for side in sides] == [0, 0], (family, origin)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_any_number_of_steps_has_a_sampler(family, steps):
+    variant = FAMILIES[family].variant({}, (), "")
+    scheduler = load_family(family).scheduler(variant, steps, (1, 16, 1, 64, 64))
+    assert len(scheduler.timesteps) == steps and scheduler.sigmas.isfinite().all()
+    assert float(scheduler.timesteps[0]) >= 999 and float(scheduler.sigmas[-1]) == 0
+    assert (scheduler.sigmas.diff() < 0).all()
 
 
 def test_shifts_by_the_number_of_tokens():
