@@ -17,16 +17,20 @@ from torch import Tensor
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import collect_problems
 from diffsynth_core.generation.generate import draw
-from diffsynth_core.generation.job import GenerationJob, GenerationPlan
+from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
+from diffsynth_core.models.spec import match_targets, modules_with_weights
 from diffsynth_core.models.wan.sampling import T2V_2_2
 from diffsynth_core.models.wan.spec import WAN
 from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.lora_files import read_lora_of, tensor_shapes
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.plan import Machine
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from tests.conftest import ENTRIES
+from tests.loras import random_lora, save_lora
 from tests.parity import controlnet_models, flux2_models, flux_models, qwen_edit_models, wan_models
+from tests.parity.loras import load_into
 from tests.parity.models import FEW_PIXELS
 from tests.parity.numbers import difference
 from tests.parity.photographs import photograph
@@ -286,3 +290,25 @@ def test_two_denoisers_share_the_steps_as_in_the_pipeline(request, tmp_path):
     assert difference(first, wanted) < TOLERANCE
     assert difference(wanted, expected(case, job, **case.guided)) > 10 * TOLERANCE, "the second one has a say"
     assert difference(alone, expected(asked, replace(job, seed=8, steps=4), **asked.guided)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "FLUX.1", "FLUX.2 klein", "Wan 2.1 T2V"])
+def test_a_lora_draws_what_it_draws_in_the_pipeline(name, request, tmp_path):
+    case = CASES[name](request, tmp_path / "images")
+    model, weight = case.model(), 0.7
+    facts = model.facts.component(model.facts.denoiser)
+    shapes = tensor_shapes(facts.name, model)
+    targets = match_targets(modules_with_weights(shapes), facts.lora_targets).values()
+    modules = {module: shapes[f"{module}.weight"] for found in targets for module in found}
+    path = save_lora(tmp_path / "lora.safetensors", random_lora(modules), model.facts.name, "diffusers")
+    lora = AppliedLora(lora=read_lora_of(path, facts.name, model), component=facts.name, weight=weight, shapes=shapes)
+    job = replace(case.job, cfg_scale=1.0)
+    with_lora, without = drawn(plan_of(model, tmp_path / "cache", replace(job, adapters=(lora,)), job))
+    assert difference(without, expected(case, job, **case.unguided)) < TOLERANCE
+    load_into(case.pipeline, path)
+    case.pipeline.set_adapters("trained", weight)
+    wanted = expected(case, job, **case.unguided)
+    case.pipeline.unload_lora_weights()
+    off, moved = difference(with_lora, wanted), difference(with_lora, without)
+    print(f"off by {off:.1e}, the LoRA moves a pixel by {moved:.2f}")
+    assert off < TOLERANCE and moved > 10 * TOLERANCE

@@ -60,22 +60,26 @@ def draw(plan: GenerationPlan, reporter: Reporter, stop: StopRequest) -> Iterato
     """Yield each job with its pixels, `[3, F, H, W]` float32 in [0, 1]; otherwise as `generate`."""
     drawing = _Drawing(plan, reporter, stop)
     encoded = encode_jobs(plan, drawing.family, reporter, stop)
-    *_, last = stages = _stages(plan)
+    *_, last = stages = _stages(plan, reporter)
     for stage in stages:
         components = drawing.load_step(stage.denoiser)
         if stage is last:
             components |= drawing.load_decoder()
         for number, job in enumerate(plan.jobs):
-            latents = drawing.advance(components, stage, number, encoded[number])
+            drawing.advance(components, stage, number, encoded[number])
             if stage is last:
-                yield job, drawing.decode(components, latents)
+                yield job, drawing.finish(components, number)
         components.clear()
         free_device_memory(drawing.device)
 
 
-def _stages(plan: GenerationPlan) -> list[_Stage]:
-    facts, boundary = plan.model.facts, plan.model.variant.sampling.boundary
+def _stages(plan: GenerationPlan, reporter: Reporter) -> list[_Stage]:
+    facts, variant = plan.model.facts, plan.model.variant
+    boundary = variant.sampling.boundary
     if boundary is None or facts.second_denoiser not in plan.model.components:
+        if boundary is not None:
+            what = "one of the two transformers of this model draws all steps, including those of the other"
+            reporter.warn(f"{what} (on either side of sigma {boundary:g})")
         return [_Stage(facts.denoiser, 0.0)]
     return [_Stage(facts.denoiser, boundary), _Stage(facts.second_denoiser, 0.0, is_second=True)]
 
@@ -137,8 +141,8 @@ class _Drawing:
             model, self.family, component, dtype, self.device, self._reporter, setup=setup, change=change
         )
 
-    def advance(self, components: Mapping[str, Any], stage: _Stage, number: int, encodings: EncodedJob) -> Tensor:
-        """Take the steps of a stage in a job, and return its latents, `[1, C, F, h, w]` float32.
+    def advance(self, components: Mapping[str, Any], stage: _Stage, number: int, encodings: EncodedJob) -> None:
+        """Take the steps of a stage in a job.
 
         Raises:
             Interrupted: if a stop is requested before the last step.
@@ -164,7 +168,6 @@ class _Drawing:
                 task.advance()
                 if sampler.steps_above(stage.boundary):
                     self._raise_if_stopped()
-        return sampler.latents
 
     def _start(self, components: Mapping[str, Any], job: GenerationJob) -> Sampler:
         model = self._plan.model
@@ -190,12 +193,13 @@ class _Drawing:
             raise Interrupted(self._stop.signal_number, "interrupted; finished images are kept")
 
     @torch.no_grad()
-    def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
-        """Return the pixels of latents, `[3, F, H, W]` in [0, 1].
+    def finish(self, components: Mapping[str, Any], number: int) -> Tensor:
+        """Return the pixels of a job after its last step, `[3, F, H, W]` in [0, 1].
 
         Raises:
-            DiffSynthError: if the latents contain NaN or Inf.
+            DiffSynthError: if its latents contain NaN or Inf.
         """
+        latents = self._samplers.pop(number).latents
         if not bool(latents.isfinite().all()):
             raise DiffSynthError(
                 f"the predictions of the {self._plan.model.facts.denoiser} contain NaN or Inf",

@@ -88,6 +88,18 @@ def test_latents_that_are_not_finite_are_an_error_and_no_image(plan, monkeypatch
     assert "--mixed_precision" in str(caught.value.problems[0].hint)
 
 
+def test_one_of_two_transformers_draws_alone_with_a_warning(plan):
+    warned: list[str] = []
+    reporter = SilentReporter()
+    reporter.warn = warned.append
+    made = plan(JOB)
+    two = replace(made.model.variant, sampling=replace(made.model.variant.sampling, boundary=0.875))
+    list(generate(replace(made, model=replace(made.model, variant=two)), reporter, StopRequest()))
+    assert len(warned) == 1 and "one of the two transformers" in warned[0] and "0.875" in warned[0]
+    list(generate(made, reporter, StopRequest()))
+    assert len(warned) == 1
+
+
 def test_cached_prompts_need_no_encoder(plan, monkeypatch):
     list(generate(plan(JOB), QUIET, StopRequest()))
     monkeypatch.setattr(encoding, "load_planned", lambda *_, **__: pytest.fail("an encoder was loaded"))
