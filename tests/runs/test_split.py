@@ -132,6 +132,18 @@ def manifest_of(folder: str) -> dict:
     return json.loads(Path(folder, "encoded.json").read_text())
 
 
+def test_the_empty_caption_is_encoded_with_each_image_that_a_text_encoder_reads(train, datasets):
+    """Here all rows have the same one."""
+    kind, dropped = KINDS["qwen-edit"], ("--caption_dropout", 0.5)
+    train(*precompute_task(kind, datasets[kind.data], "encoded"), *dropped)
+    entries = manifest_of("encoded")["samples"]
+    without = {key for entry in entries for key, _ in entry["others"]["edit_text"]}
+    assert len(without) == 1 and {len(entry["others"]) for entry in entries} == {1}
+    assert len(list(Path("encoded/encodings/edit_text").rglob("*.safetensors"))) == len(entries) + 1
+    train(*train_task(kind, "encoded", "run", *dropped, "--max_steps", 4))
+    assert len(losses_of("run")) == 4
+
+
 def test_a_first_half_that_names_the_transformer_does_not_load_it(train, datasets):
     command = ("--recipe", QWEN.recipe, "--task", "sft:data_process", "--dataset_base_path", datasets["images"])
     planned = train(*command, "--output_path", "encoded", "--dry_run", "--verbose")
