@@ -42,7 +42,7 @@ EXAMPLES = (
 )
 """Examples in the help text."""
 HELP_TEXTS = {
-    "seed": "Seed of the noise of the first image; the next ones use the seeds after it [default: 0]",
+    "seed": "Seed of the noise of the first image; the next ones use the seeds after it; default: 0",
     "height": "Height in pixels, set together with `width`; default: as documented for the model",
     "width": "Width in pixels, set together with `height`; default: as documented for the model",
     "max_pixels": "Maximum area of reference images; larger ones are scaled down to it",
