@@ -20,10 +20,12 @@ from diffsynth_core.weights.weight_sets import WeightSet
 
 VAE_PARTS = ("vae_encoder", "vae_decoder")
 """Public names of FLUX.1's VAE, which DiffSynth-Studio has as two components."""
-COMPONENTS = frozenset(
-    chain(SECOND_NAMES, VAE_PARTS, (name for facts in FAMILIES.values() for name in facts.component_names))
-)
-"""All component names."""
+
+
+def component_names() -> frozenset[str]:
+    """Return all component names."""
+    of_families = (name for facts in FAMILIES.values() for name in facts.component_names)
+    return frozenset(chain(SECOND_NAMES, VAE_PARTS, of_families))
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def read_origin(weights: WeightSet, family: str | None = None, default_component
     """
     if family is not None and family not in FAMILIES:
         raise FaultsFound([unknown_family(family)])
-    if default_component is not None and default_component not in COMPONENTS:
-        known = ", ".join(sorted(COMPONENTS))
+    if default_component is not None and default_component not in component_names():
+        known = ", ".join(sorted(component_names()))
         raise FaultsFound([Problem(f"unknown component `{default_component}`", f"known: {known}", wrong_use=True)])
     record = None if weights.metadata_value("removed_prefix") is not None else _record_of(weights)
     parameters = record.parameters if record else {}
@@ -144,7 +146,7 @@ def _owner_of(key: str, origin: Origin) -> tuple[str, str] | None:
     if whole:
         return whole
     head, _, rest = key.partition(".")
-    if head in COMPONENTS and rest:
+    if rest and head in component_names():
         return head, rest
     if key.startswith(TRANSFORMER_PREFIXES) and is_lora_key(key):
         return origin.lora_component or "dit", key
