@@ -70,7 +70,7 @@ def test_the_checkpoints_of_a_run_side_by_side(cli, rehearsed):
     base, early, late = map(pixels, images[:3])
     assert (base != early).any() and (early != late).any()
     (lora,) = described(images[2])["loras"]
-    assert (lora["file"], lora["weight"]) == (str(rehearsed / "step-8.safetensors"), 1)
+    assert (lora["file"], lora["weight"]) == ("step-8.safetensors", 1)
     assert len(lora["sha256"]) == 64
     # The same from the files: the last checkpoint with two weights, in a grid of its own.
     again = draw(cli, "--run", rehearsed, "--lora", f"{rehearsed / 'step-8.safetensors'}:0,1", "--grid", "--out", "again",
@@ -85,7 +85,7 @@ def test_the_last_checkpoint_and_the_captions_of_a_run(cli, rehearsed):
     images = draw(cli, "--run", rehearsed, *SMALL)
     facts = [described(path) for path in images]
     assert [one["seed"] for one in facts] == [0, 1, 2, 3] and len({one["prompt"] for one in facts}) == 4
-    assert {one["loras"][0]["file"] for one in facts} == {str(rehearsed / "step-8.safetensors")}
+    assert {one["loras"][0]["file"] for one in facts} == {"step-8.safetensors"}
 
 
 def test_an_image_has_its_parameters(cli):
@@ -147,7 +147,7 @@ def test_an_edit(cli, recipe_models, monkeypatch, tmp_path):
     red, blue, both = map(pixels, images)
     assert (red != blue).any() and (red != both).any()
     shown = described(images[2])["images"]["edit_image"]
-    assert [Path(one["file"]).name for one in shown] == ["red.png", "blue.png"]
+    assert [one["file"] for one in shown] == ["red.png", "blue.png"]
     assert all(len(one["sha256"]) == 64 for one in shown)
 
 

@@ -44,7 +44,7 @@ def parameter_text(job: GenerationJob, title: str) -> str:
 
 
 class FileFacts:
-    """The files of a plan as metadata lists them: path, and sha256 as far as it is known.
+    """The files of a plan as metadata lists them: name, since images are shared, and sha256 as far as it is known.
 
     The files of LoRAs and images are hashed; those of components only if encoding or training did, as they are large.
     """
@@ -57,7 +57,7 @@ class FileFacts:
 
     def of(self, path: Path) -> dict[str, Any]:
         """Return the facts of a file."""
-        return {"file": str(path), "sha256": self._hashes.known(path)}
+        return {"file": path.name, "sha256": self._hashes.known(path)}
 
 
 def details(job: GenerationJob, plan: GenerationPlan, files: FileFacts) -> dict[str, Any]:
