@@ -13,7 +13,7 @@ from diffsynth_cli.printing import echo, echo_line
 from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.errors import EXIT_DOES_NOT_FIT, raise_if_any
-from diffsynth_core.generation.prompts import image_inputs
+from diffsynth_core.models.registry import image_inputs
 
 if TYPE_CHECKING:
     from diffsynth_cli.console import ConsoleReporter

@@ -15,7 +15,7 @@ from diffsynth_core.generation.checks import ImageChecks, ImageSize, check_guida
 from diffsynth_core.generation.columns import Column, LoraReader, find_columns
 from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
 from diffsynth_core.generation.model import find_model, with_checkpoint, with_inputs
-from diffsynth_core.generation.prompts import PromptRow, image_inputs, read_prompts, rows_of_options
+from diffsynth_core.generation.prompts import PromptRow, read_prompts, rows_of_options
 from diffsynth_core.generation.request import (
     GenerationRequest,
     ModelSource,
@@ -26,6 +26,7 @@ from diffsynth_core.generation.request import (
 from diffsynth_core.generation.run_prompts import prompts_of_run
 from diffsynth_core.hub.file_requests import FileRequest
 from diffsynth_core.hub.model_files import missing_in_one
+from diffsynth_core.models.registry import image_inputs
 from diffsynth_core.models.spec import Variant
 from diffsynth_core.planning.device import choose_device, choose_precision
 from diffsynth_core.planning.model_plan import ModelPlan

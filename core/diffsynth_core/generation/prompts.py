@@ -12,7 +12,7 @@ from diffsynth_core.data.texts import SAVE_AS_UTF8, decode_text, likely_encoding
 from diffsynth_core.errors import Problem, kind_of, list_names, report, suggest, truncate
 from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.models.dataset_columns import TARGET_COLUMNS, TEXT_COLUMN
-from diffsynth_core.models.registry import all_conditions, all_frame_inputs
+from diffsynth_core.models.registry import image_inputs
 
 NEGATIVE, SEED = "negative_prompt", "seed"
 """Columns of a prompts file besides the prompt and its images."""
@@ -38,11 +38,6 @@ class PromptRow:
     negative_prompt: str | None = None
     seed: int | None = None
     images: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-
-
-def image_inputs() -> tuple[str, ...]:
-    """The extra inputs that are images, of all families: each is an option and a column of a prompts file."""
-    return tuple(dict.fromkeys((*all_conditions(), *all_frame_inputs())))
 
 
 def rows_of_options(prompts: Sequence[str]) -> list[PromptRow]:

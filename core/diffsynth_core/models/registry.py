@@ -33,6 +33,11 @@ def all_frame_inputs() -> dict[str, None]:
     return dict.fromkeys(name for facts in FAMILIES.values() for name in facts.frame_inputs)
 
 
+def image_inputs() -> tuple[str, ...]:
+    """Return the extra inputs that are images, of all families."""
+    return tuple(dict.fromkeys((*all_conditions(), *all_frame_inputs())))
+
+
 def all_later_inputs() -> dict[str, None]:
     """Return the extra inputs of DiffSynth-Studio that are not supported yet."""
     return dict.fromkeys(name for facts in FAMILIES.values() for name in facts.later_inputs)
