@@ -76,8 +76,15 @@ def test_the_backward_pass_keeps_bytes_in_place_of_weights(family, precision, fo
     assert stored.float8 > 0 and stored.weights == wide.weights - size * stored.float8 + stored.float8
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe", [*RECIPES.values(), "wan2.1-i2v-14b-480p-lora", "qwen-image-edit-2509-lora"])
+ENCODED = [*RECIPES.values(), "wan2.1-i2v-14b-480p-lora", "qwen-image-edit-2509-lora"]
+IN_BFLOAT16 = [
+    pytest.param(recipe, torch.bfloat16, marks=pytest.mark.long if recipe.startswith("wan") else ())
+    for recipe in ENCODED
+]
+"""Wan's VAE takes a CPU most of a minute in bfloat16."""
+
+
+@pytest.mark.parametrize(("recipe", "precision"), [*((recipe, torch.float32) for recipe in ENCODED), *IN_BFLOAT16])
 def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
     """T5 asks its layers, and vision towers ask their models, which dtype to compute in."""
     plan = plan_step(recipe, folder)

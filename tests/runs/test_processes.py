@@ -123,7 +123,9 @@ def test_two_processes_share_weights_in_8_bit_floats(train):
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["our launch", "accelerate launch"])
+@pytest.mark.parametrize(
+    "own", [True, pytest.param(False, marks=pytest.mark.long)], ids=["our launch", "accelerate launch"]
+)
 def test_a_signal_stops_both_in_the_same_step(tiny_models, photographs, tmp_path, own):
     arguments = [*QWEN, "--dataset_base_path", str(photographs), "--dataset_repeat", "100000", "--output_path", "out"]
     arguments += ["--num_processes", "2"] if own else []

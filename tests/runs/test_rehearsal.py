@@ -179,7 +179,7 @@ def test_a_dry_run_writes_nothing(cli):
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["qwen-image-lora", "wan2.2-t2v-a14b-lora"])
+@pytest.mark.parametrize("recipe", ["qwen-image-lora", pytest.param("wan2.2-t2v-a14b-lora", marks=pytest.mark.long)])
 def test_the_real_command_rehearses(tmp_path, recipe):
     """`diffsynth train --recipe NAME --rehearse` as typed, with workers."""
     command = [sys.executable, "-m", "diffsynth_cli", "train", "--recipe", recipe, "--rehearse"]

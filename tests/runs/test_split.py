@@ -91,8 +91,10 @@ HOW = (
 
 DISTILLED = {"qwen-image": (), "flux": pytest.mark.long, "flux2": pytest.mark.long, "wan-ti2v": ()}
 """What distillation adds, the columns of the sampler, is the same in all families: images and clips are enough."""
+OTHERS_DO = ("qwen-edit", "wan-t2v")
+"""Kinds all of whose encoders other kinds have too, or nearly."""
 ROADS = [
-    *((name, "sft") for name in KINDS),
+    *(pytest.param(name, "sft", marks=pytest.mark.long if name in OTHERS_DO else ()) for name in KINDS),
     *(pytest.param(name, "direct_distill", marks=marks) for name, marks in DISTILLED.items()),
 ]
 

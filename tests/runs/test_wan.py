@@ -106,8 +106,8 @@ def test_a_second_run_loads_no_encoder(train):
     "change",
     [
         ("--num_frames", 5),
-        ("--frame_rate", 12),
-        ("--clip_start", "middle"),
+        pytest.param(("--frame_rate", 12), marks=pytest.mark.long),
+        pytest.param(("--clip_start", "middle"), marks=pytest.mark.long),
         ("--width", 80),
         ("--extra_inputs", "input_image,end_image"),
     ],
