@@ -143,15 +143,7 @@ def image_facts(generation: Generation) -> dict[str, Any]:
     images = [
         {
             "path": str(image.path),
-            "prompt": job.prompt,
-            "negative_prompt": job.negative_prompt,
-            "seed": job.seed,
-            "steps": job.steps,
-            "cfg_scale": job.cfg_scale,
-            "guidance": job.guidance,
-            "height": job.height,
-            "width": job.width,
-            "num_frames": job.num_frames,
+            **job.facts,
             "images": {name: [str(path) for path in paths] for name, paths in job.images.items()},
             "loras": [{"file": str(one.lora.path), "weight": one.weight} for one in job.adapters],
         }

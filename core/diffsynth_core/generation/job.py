@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.plan import Machine
@@ -53,6 +54,23 @@ class GenerationJob:
     adapters: tuple[AppliedLora, ...] = ()
     values: Mapping[str, float | str] = field(default_factory=dict)
     second_cfg_scale: float | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Prompts and numbers, for JSON."""
+        second = {} if self.second_cfg_scale is None else {"second_cfg_scale": self.second_cfg_scale}
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "steps": self.steps,
+            "cfg_scale": self.cfg_scale,
+            **second,
+            "guidance": self.guidance,
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.num_frames,
+        }
 
     @property
     def is_guided(self) -> bool:
