@@ -191,6 +191,7 @@ def errors() -> Iterator[list[float]]:
     print(f"\n{len(found)} merges, largest error {max(found):.1e}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=str)
 def test_every_spelling_changes_the_weights_by_s_b_a(tmp_path, errors, spelling):
     path = tmp_path / "lora.safetensors"
@@ -199,6 +200,7 @@ def test_every_spelling_changes_the_weights_by_s_b_a(tmp_path, errors, spelling)
     assert errors[-1] <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", LORA_FORMATS)
 @pytest.mark.parametrize("spelling", CONVERTED, ids=str)
 def test_converted_into_each_dialect_and_back_it_is_the_same_change(tmp_path, errors, spelling, target):
@@ -225,6 +227,7 @@ DIFFERENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["alone", "beside a LoRA"])
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
 @pytest.mark.parametrize(("family", "names"), [(family, names) for family in MODELS for names in vocabularies(family)])

@@ -265,6 +265,7 @@ def test_what_has_no_thumbnail_says_why(window: Chrome, folder: Path, tmp_path: 
     assert window.execute_script(told) == [left_out, none, none, left_out, left_out]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_many_rows_are_shown_a_page_at_a_time(window: Chrome, tmp_path: Path) -> None:
     rows = [(f"missing/{number}.png", f"caption {number}") for number in range(20_000)]

@@ -309,6 +309,7 @@ def test_no_decoder_is_left_when_a_worker_is_given_up(hanging):
     assert decoders() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"]
 )

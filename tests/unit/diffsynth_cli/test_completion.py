@@ -88,6 +88,7 @@ def test_every_command_has_a_leaf():
     assert len(LEAVES) > len(COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)
 def test_the_table_answers_as_typer_does(remembered, monkeypatch, capsys, typers, path):
     for words, incomplete in lines_of(path):

@@ -23,6 +23,8 @@ from diffsynth_core.progress import SilentReporter, SilentTask
 from diffsynth_core.stop import StopRequest
 from tests.toy_family import ENTRIES, MODEL_ID, PLACES, TOY, Toy
 
+pytestmark = pytest.mark.slow
+
 JOB = GenerationJob(
     prompt="a cat", negative_prompt="", seed=1, steps=3, cfg_scale=2.0, guidance=None, height=32, width=32, num_frames=5
 )

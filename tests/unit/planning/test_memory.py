@@ -159,6 +159,7 @@ def test_many_small_images_may_be_more_than_one_large_one(plan, dataset):
     assert (largest.batch, largest.images) == (3, ((frames, height, width),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["flux.1-dev-lora", "wan2.1-t2v-1.3b-lora"])
 def test_a_change_that_saves_nothing_is_not_put_upon_others(plan, recipe):
     """Of the small Wan the text encoder is the fullest stage, once the activations are away."""
@@ -172,6 +173,7 @@ def test_a_change_that_saves_nothing_is_not_put_upon_others(plan, recipe):
     assert len(flags) == len(set(flags))
 
 
+@pytest.mark.slow
 def test_changes_keep_what_was_changed_before(plan):
     made = plan(batch_size=4, use_gradient_checkpointing=False)
     config, _ = chosen(made)

@@ -100,6 +100,7 @@ def at_work(folder, then):
             process.kill()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
     with at_work(tmp_path, "next(items)") as (process, workers):
         process.kill()
@@ -110,6 +111,7 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
         assert (len(gone), alive) == (2, [])
 
 
+@pytest.mark.slow
 def test_workers_in_the_midst_of_an_item_are_ended_when_no_more_are_wanted(tmp_path):
     """They ignore SIGTERM, with which torch would end them."""
     with at_work(tmp_path, "sys.stdin.readline(); items.close()") as (process, workers):
