@@ -192,9 +192,10 @@ def _with_options() -> Any:
 def _show_plan(drawing: "Drawing", output_format: PlanFormat) -> int:
     """Print what would be drawn; returns the exit code."""
     from diffsynth_cli.errors import exit_code_of
-    from diffsynth_cli.text.generation import fits, image_facts, plan_lines
+    from diffsynth_cli.text.generation import image_facts, plan_lines
     from diffsynth_cli.text.wrapping import terminal_width, wrap_line
     from diffsynth_core.errors import FaultsFound
+    from diffsynth_core.generation.memory import weights_fit
     from diffsynth_core.hub.client import downloads_disabled
     from diffsynth_core.hub.model_files import MissingFiles
 
@@ -208,7 +209,7 @@ def _show_plan(drawing: "Drawing", output_format: PlanFormat) -> int:
     else:
         for line in plan_lines(generation):
             echo_line(wrap_line(line, terminal_width()))
-    return code or (0 if fits(generation) else EXIT_DOES_NOT_FIT)
+    return code or (0 if weights_fit(generation) else EXIT_DOES_NOT_FIT)
 
 
 def _draw(drawing: "Drawing", reporter: "ConsoleReporter", output_format: PlanFormat) -> int:

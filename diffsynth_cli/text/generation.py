@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from diffsynth_core.config.choices import ENCODER_DTYPES
 from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.errors import truncate
 from diffsynth_core.generation.job import GenerationJob, GenerationPlan
+from diffsynth_core.generation.memory import weights_at_once, weights_fit
 from diffsynth_core.generation.plan import Generation
 from diffsynth_core.hub.model_files import MissingFiles
-from diffsynth_core.planning.memory import download_bytes, file_bytes, frozen_bytes
+from diffsynth_core.planning.memory import download_bytes, file_bytes
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
 PRECISIONS = {"no": "float32"}
@@ -18,8 +18,6 @@ LISTED = 8
 """Maximum number of prompts that are listed."""
 SHOWN = 60
 """Maximum number of characters of a prompt that are shown."""
-VAE = "vae"
-"""The component that decodes, beside the denoiser."""
 
 
 def plan_lines(generation: Generation) -> Iterator[str]:
@@ -100,42 +98,16 @@ def _prompt_lines(generation: Generation) -> Iterator[str]:
         yield f"and {pluralize(len(firsts) - LISTED, 'more prompt')}"
 
 
-def weight_bytes(plan: GenerationPlan) -> dict[str, int]:
-    """Bytes of the weights on the device at each moment: components that are there at once -> bytes."""
-    precision, model = plan.machine.mixed_precision, plan.model
-    drawing = [model.facts.denoiser, *model.variant.step_components]
-    second = [model.facts.second_denoiser, *model.variant.step_components]
-    # Of two denoisers, the first has gone when the second and the VAE come.
-    stages = [drawing, [*second, VAE]] if model.facts.second_denoiser in model.components else [[*drawing, VAE]]
-    encoders = dict.fromkeys(encoder.component for encoder in model.variant.encoders)
-    # Encoders compute in float32 where the range of fp16 would not do.
-    in_encoders = "no" if ENCODER_DTYPES[precision] == "float32" else precision
-
-    def size(name: str) -> int:
-        own = in_encoders if name in encoders else precision
-        return frozen_bytes(plan, name, own, model.components[name].storage)
-
-    moments = [[name] for name in encoders if name != VAE] + stages
-    present = [[name for name in moment if name in model.components] for moment in moments]
-    return {" and ".join(names): sum(map(size, names)) for names in present if names}
-
-
 def _memory(generation: Generation) -> str:
     """The weights of the largest moment, and whether they fit."""
-    moments = weight_bytes(generation.plans[0])
+    moments = weights_at_once(generation.plans[0])
     largest = max(moments, key=lambda name: moments[name])
     text = f"{format_memory(moments[largest])} of weights at most ({largest}); activations come on top"
     asked = generation.parameters.gpu_memory
     if not asked:
         return text
-    verdict = "fit" if fits(generation) else "do not fit"
+    verdict = "fit" if weights_fit(generation) else "do not fit"
     return f"{text}; the weights {verdict} in {format_memory(memory_bytes(asked))} ({asked})"
-
-
-def fits(generation: Generation) -> bool:
-    """Whether the weights fit in `gpu_memory`, if that is given."""
-    asked = generation.parameters.gpu_memory
-    return not asked or max(weight_bytes(generation.plans[0]).values()) < memory_bytes(asked)
 
 
 def image_facts(generation: Generation) -> dict[str, Any]:

@@ -123,10 +123,9 @@ class _Drawing:
                 self._active[component] = job.adapters
 
     def load_decoder(self) -> dict[str, nn.Module]:
-        """Load the component that encodes the target, and decodes latents."""
-        variant = self._plan.model.variant
-        vae = next(encoder.component for encoder in variant.encoders if variant.target.column in encoder.columns)
-        return {vae: self._load(vae, encoder_dtype(self._precision))}
+        """Load the component that decodes latents."""
+        decoder = self._plan.model.variant.decoder
+        return {decoder: self._load(decoder, encoder_dtype(self._precision))}
 
     def _load(
         self,

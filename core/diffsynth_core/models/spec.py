@@ -225,6 +225,11 @@ class Variant:
     required_inputs: tuple[str, ...] = ()
     num_conditioning_frames: int = 0
 
+    @property
+    def decoder(self) -> str:
+        """The component that decodes latents: it is the one that encodes the target."""
+        return next(encoder.component for encoder in self.encoders if self.target.column in encoder.columns)
+
     def unused_params(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
         """Return the modules of a component that receive no gradient, given the keys of its modules or tensors."""
         extra_unused = self.extra_unused.get(component.name, nothing_unused)(names)
