@@ -10,6 +10,7 @@ from diffsynth_core.generation.memory import weights_at_once, weights_fit
 from diffsynth_core.generation.plan import Generation
 from diffsynth_core.hub.model_files import MissingFiles
 from diffsynth_core.planning.memory import download_bytes, file_bytes
+from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
 PRECISIONS = {"no": "float32"}
@@ -100,9 +101,11 @@ def _prompt_lines(generation: Generation) -> Iterator[str]:
 
 def _memory(generation: Generation) -> str:
     """The weights of the largest moment, and whether they fit."""
-    moments = weights_at_once(generation.plans[0])
+    moments = weights_at_once(generation)
     largest = max(moments, key=lambda name: moments[name])
-    text = f"{format_memory(moments[largest])} of weights at most ({largest}); activations come on top"
+    device, _ = device_and_precision(generation.parameters, generation.plans[0].machine)
+    where = "" if device == "cpu" else " on the GPU"
+    text = f"{format_memory(moments[largest])} of weights{where} at most ({largest}); activations come on top"
     asked = generation.parameters.gpu_memory
     if not asked:
         return text

@@ -57,7 +57,7 @@ def parameter_lines(plan: RunPlan) -> Iterator[str]:
 def _machine_lines(plan: RunPlan, estimated: bool) -> Iterator[str]:
     """The model variant and the device: the planned one and, separately, that of this machine."""
     title, seed, here = plan.model.variant.title, plan.parameters.seed, plan.machine.device.partition(":")[0]
-    device, precision = device_and_precision(plan)
+    device, precision = device_and_precision(plan.parameters, plan.machine)
     if not estimated or ((here == "cpu") == (device == "cpu") and precision == plan.machine.mixed_precision):
         yield f"{title} on {plan.machine.device}, precision {plan.machine.mixed_precision}, seed {seed}"
         return

@@ -62,7 +62,7 @@ def _model(plan: RunPlan, estimated: bool) -> str:
     title, here = plan.model.variant.title, f"on {plan.machine.device} in {_dtype(plan.machine.mixed_precision)}"
     if not estimated:
         return f"{title} {here}"
-    device, precision = device_and_precision(plan)
+    device, precision = device_and_precision(plan.parameters, plan.machine)
     if (plan.machine.device.partition(":")[0] == "cpu") == (
         device == "cpu"
     ) and precision == plan.machine.mixed_precision:

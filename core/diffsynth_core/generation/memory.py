@@ -2,16 +2,18 @@
 
 from diffsynth_core.config.choices import ENCODER_DTYPES
 from diffsynth_core.config.gpu_memory import memory_bytes
-from diffsynth_core.generation.job import GenerationPlan
 from diffsynth_core.generation.plan import Generation
 from diffsynth_core.planning.memory import frozen_bytes
+from diffsynth_core.planning.memory_config import device_and_precision
 
 
-def weights_at_once(plan: GenerationPlan) -> dict[str, int]:
+def weights_at_once(generation: Generation) -> dict[str, int]:
     """Return the bytes of weights at each moment, by the names of the components that are there; as `draw` loads them:
-    each encoder alone, then the denoiser with the decoder, or of two denoisers the second with it.
+    each encoder alone, then the denoiser with the decoder, or of two denoisers the second with it. On an accelerator,
+    whatever this machine has, unless the CPU is asked for.
     """
-    precision, model = plan.machine.mixed_precision, plan.model
+    plan = generation.plans[0]  # those of further checkpoints have the same shapes
+    model, (_, precision) = plan.model, device_and_precision(generation.parameters, plan.machine)
     decoder, steps = model.variant.decoder, model.variant.step_components
     second = model.facts.second_denoiser
     stages = [[model.facts.denoiser, *steps]]
@@ -34,4 +36,4 @@ def weights_at_once(plan: GenerationPlan) -> dict[str, int]:
 def weights_fit(generation: Generation) -> bool:
     """Return whether the weights fit in `gpu_memory`, if that is given."""
     asked = generation.parameters.gpu_memory
-    return not asked or max(weights_at_once(generation.plans[0]).values()) < memory_bytes(asked)
+    return not asked or max(weights_at_once(generation).values()) < memory_bytes(asked)

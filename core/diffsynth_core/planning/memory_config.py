@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.models.size_facts import StepSizes
-from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.plan import Machine, RunPlan
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,18 @@ class MemoryConfig:
     sizes: StepSizes
 
 
-def device_and_precision(plan: RunPlan) -> tuple[str, str]:
-    """What a run is estimated for: the CPU where that is asked for; else an accelerator, whatever this machine has, in
-    bf16 unless `mixed_precision` is given."""
-    parameters = plan.parameters
+def device_and_precision(parameters: Parameters, machine: Machine) -> tuple[str, str]:
+    """What a command is estimated for: the CPU where that is asked for; else an accelerator, whatever this machine has,
+    in bf16 unless `mixed_precision` is given."""
     if parameters.device and parameters.device.partition(":")[0] == "cpu":
-        return "cpu", plan.machine.mixed_precision
+        return "cpu", machine.mixed_precision
     return "cuda", parameters.mixed_precision or "bf16"
 
 
 def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
     """What a plan says."""
     parameters = plan.parameters
-    device, precision = device_and_precision(plan)
+    device, precision = device_and_precision(parameters, plan.machine)
     offload = parameters.use_gradient_checkpointing_offload
     storage = {name: files.storage for name, files in plan.model.components.items()}
     recompute = parameters.use_gradient_checkpointing or offload
