@@ -328,6 +328,15 @@ def test_seeds_negative_prompts_and_labels_as_json(cli, lora, tmp_path):
     ]
 
 
+def test_weights_are_counted_for_a_gpu_unless_the_cpu_is_asked_for(cli):
+    """In bfloat16 there, on whatever machine the plan is made."""
+    drawn = ("generate", *QWEN[:2], "--prompt", "a", "--dry_run", "--gpu_memory")
+    limit = cli(*drawn, "24GB").out.partition("Memory")[2].split()
+    assert limit[2:7] == ["of", "weights", "on", "the", "GPU"]
+    on_cpu = cli(*drawn, "24GB", "--device", "cpu").out.partition("Memory")[2].split()
+    assert limit[1] == on_cpu[1] and float(on_cpu[0]) == pytest.approx(2 * float(limit[0]), rel=0.05)
+
+
 def test_weights_that_do_not_fit(cli):
     outcome = cli("generate", *QWEN, "--prompt", "a", "--dry_run", "--gpu_memory", "0.001GB")
     assert outcome.code == 3 and "do not fit" in outcome.out
