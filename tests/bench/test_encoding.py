@@ -1,4 +1,4 @@
-"""Time of encoding small images in batches relative to one by one, and of planning and encoding more of them."""
+"""Time of encoding captions and small images in batches relative to one by one, and of planning and encoding more."""
 
 import time
 from dataclasses import replace
@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.planning import encoding_batches
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
@@ -61,14 +62,16 @@ def seconds_to_fill(plan: RunPlan, encoder: str) -> float:
 
 
 @pytest.mark.usefixtures("single_thread")
-def test_batches_take_less_time_than_their_samples(tiny_models, tmp_path, bench, monkeypatch):
+@pytest.mark.parametrize("encoder", ["text", "latents"])
+def test_batches_take_less_time_than_their_samples(encoder, tiny_models, tmp_path, bench, monkeypatch):
     count = bench.size(1000, 70)
     dataset = write_images(tmp_path / "images", count)
-    together = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "together"), "latents")
-    monkeypatch.setattr("diffsynth_core.training.encode_batches.encoded_at_once", lambda *_: 1)
-    singly = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "singly"), "latents")
+    together = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "together"), encoder)
+    monkeypatch.setattr(encoding_batches, "encoded_at_once", lambda *_: 1)
+    monkeypatch.setattr(encoding_batches, "CAPTIONS_AT_ONCE", 1)
+    singly = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "singly"), encoder)
     detail = f"{count / together:.0f} a second, {count / singly:.0f} one by one"
-    bench.at_most("filling the cache with latents: in batches / one by one", together / singly, 0.6, detail)
+    bench.at_most(f"filling the cache with {encoder}: in batches / one by one", together / singly, 0.6, detail)
 
 
 @pytest.mark.usefixtures("single_thread")

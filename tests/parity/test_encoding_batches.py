@@ -1,5 +1,8 @@
-"""A batch of small images or clips: within 1e-6 of each alone, and to the bit the same in any place of any batch."""
+"""Batches of frozen encoders: captions to the bit as alone; small images and clips within 1e-6 of each alone, and to
+the bit the same in any place of any batch.
+"""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +11,14 @@ import torch
 from PIL import Image
 
 from diffsynth_core.config.resolve import resolve
+from diffsynth_core.errors import collect_problems
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.models.size_facts import encoded_at_once
+from diffsynth_core.models.size_facts import CAPTIONS_AT_ONCE, encoded_at_once
+from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.encoder_inputs import load_tokenizers
+from diffsynth_core.planning.encoding_batches import EncodingBatches
 from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.loading import load_planned
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
@@ -53,6 +61,53 @@ def test_a_batch_of_targets_equals_each_alone(encode):
     assert all(torch.equal(one, other) for one, other in zip(together[1:], in_other_places[:-1], strict=True))
     among_copies = run(pixels[:1] + pixels[1:2] * (size - 1))
     assert torch.equal(among_copies[0], together[0]) and torch.equal(among_copies[-1], together[1])
+
+
+CAPTIONS = [
+    *(f"a red circle left of a square, number {number}" for number in range(CAPTIONS_AT_ONCE)),
+    *("", "漢字 &amp; ☂", "longer than any encoder reads, " * 300, "cut as well: " * 600),
+]
+SLOW = pytest.param("flux.2-klein-4b-lora", marks=pytest.mark.long)
+RECIPES_WITH_TEXT = ("qwen-image-lora", "flux.1-dev-lora", SLOW, "wan2.1-t2v-1.3b-lora")
+
+
+@pytest.mark.parametrize("recipe", RECIPES_WITH_TEXT)
+def test_a_batch_of_captions_equals_each_alone_to_the_bit(recipe, recipe_models):
+    base, resolved = recipe_models(recipe), resolve({"recipe": recipe})
+    with collect_problems():
+        model = find_components(resolved.parameters, resolved.family, base)
+    family, column = load_family(model.facts.name), model.facts.text_column
+    encoders = [encoder for encoder in model.variant.encoders if column in encoder.columns]
+    assert encoders
+    for encoder in encoders:
+        components = load_tokenizers(model, family, encoder.component)
+        components[encoder.component] = load_planned(
+            model, family, encoder.component, torch.float32, torch.device("cpu"), SilentReporter()
+        )
+        with torch.no_grad(), counted(family, encoder) as sizes:
+            batches = EncodingBatches.of(family, encoder, components)
+            together = [one for text in CAPTIONS for one in batches.add(text, {column: text})]
+            together += batches.rest()
+            assert max(sizes) == CAPTIONS_AT_ONCE and len(sizes) < len(CAPTIONS)
+            assert sorted(text for text, _ in together) == sorted(CAPTIONS)
+            for text, encoded in together:
+                alone = family.encode(encoder, components, {column: text})
+                assert alone.keys() == encoded.keys()
+                assert all(torch.equal(alone[name], encoded[name]) for name in alone), (encoder.name, text)
+
+
+@contextmanager
+def counted(family, encoder):
+    """Collect the sizes of the batches of an encoder."""
+    sizes, known = [], family.encoders[encoder.name]
+
+    def encode(facts, components, values):
+        sizes.append(len(values))
+        return known.encode(facts, components, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "encoders", {**family.encoders, encoder.name: replace(known, encode=encode)})
+        yield sizes
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.images import read_image_header
 from diffsynth_core.data.media import MediaCrop, choose_reference
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import list_names, truncate
 from diffsynth_core.generation.job import GenerationJob, GenerationPlan
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts, Variant
-from diffsynth_core.planning.encoder_inputs import load_input, load_tokenizers, scale_pixels
+from diffsynth_core.planning.encoder_inputs import check_encoded, load_input, load_tokenizers
+from diffsynth_core.planning.encoding_batches import EncodingBatches
 from diffsynth_core.planning.encoding_keys import (
     ColumnInput,
     ConditioningFrames,
@@ -40,6 +41,23 @@ class Entry:
     inputs: dict[str, ColumnInput]
     cache: EncodingCache
     key: str
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it is made from."""
+        found: list[Path] = []
+        for value in self.inputs.values():
+            if isinstance(value, tuple):
+                found += [crop.path for crop in value]
+            elif isinstance(value, ConditioningFrames):
+                found += [crop.path for _, crop in value.given]
+        return found
+
+    @property
+    def name(self) -> str:
+        """What it is made from, for messages."""
+        texts = [truncate(value) for value in self.inputs.values() if isinstance(value, str)]
+        return list_names([str(path) for path in self.files] or texts)
 
 
 @dataclass(frozen=True)
@@ -162,38 +180,23 @@ def _encode(
     device, dtype = torch.device(plan.machine.device), encoder_dtype(plan.machine.mixed_precision)
     components: dict[str, Any] = load_tokenizers(plan.model, family, component)
     components[component] = load_planned(plan.model, family, component, dtype, device, reporter)
+    encoders = dict.fromkeys(entry.encoder for entry in entries)
+    batches = {encoder: EncodingBatches[Entry].of(family, encoder, components) for encoder in encoders}
     warned = set()
     with reporter.task(f"Encoding with the {component}", len(entries), "inputs") as task:
+
+        def store(encodings: Iterable[tuple[Entry, Encoded]]) -> None:
+            for entry, encoded in encodings:
+                check_encoded(encoded, component, entry.name, entry.files, hashes)
+                entry.cache.write(entry.key, encoded)
+                task.advance()
+
         for entry in entries:
             stop.raise_if_set()
             columns = {column: load_input(value) for column, value in entry.inputs.items()}
-            encoded = family.encode(entry.encoder, components, scale_pixels(columns, device))
-            _check(entry, component, encoded, hashes)
-            entry.cache.write(entry.key, encoded)
+            store(batches[entry.encoder].add(entry, columns))
             warned.add(family.truncation_warning(entry.encoder, components, columns))
-            task.advance()
+        for some in batches.values():
+            store(some.rest())
     for warning in sorted(filter(None, warned)):
         reporter.warn(warning)
-
-
-def _check(entry: Entry, component: str, encoded: Encoded, hashes: HashCache) -> None:
-    """Reject encodings that must not enter the cache, from where they would be reused.
-
-    Raises:
-        DiffSynthError: if a file has changed since it was hashed, or the encoding is not finite.
-    """
-    changed = [path for path in _files(entry.inputs.values()) if hashes.known(path) is None]
-    if changed:
-        raise DiffSynthError(f"`{changed[0]}` changed while it was encoded", "rerun the command")
-    if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
-        raise DiffSynthError(
-            f"the output of the {component} contains NaN or Inf", "check its files, or pass `--mixed_precision no`"
-        )
-
-
-def _files(inputs: Iterable[ColumnInput]) -> Iterator[Path]:
-    for value in inputs:
-        if isinstance(value, tuple):
-            yield from (crop.path for crop in value)
-        elif isinstance(value, ConditioningFrames):
-            yield from (crop.path for _, crop in value.given)

@@ -1,7 +1,7 @@
 """The interface of a model family: the methods that the engine calls."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,16 @@ class Encoder:
             components, values of each of its columns) -> encodings of each of several samples.
         truncation_warning: (facts, components, caption) -> warning about what it ignores of a caption, or None; None:
             it always reads all.
-        batched: encodes samples together whose images and clips have the same shapes, each as it is encoded alone
-            within 1e-6 in float32.
+        batched: encodes several samples in one pass, in float32 on a CPU each as it is encoded alone: images and clips
+            of the same shapes within 1e-6, captions of the same group bit for bit.
+        text_group: (facts, components, caption) -> what captions of one pass have in common, such as their number of
+            tokens; None: they need nothing in common.
     """
 
     encode: Callable[..., Encoded] | Callable[..., list[Encoded]]
     truncation_warning: Callable[[EncoderFacts, Mapping[str, Any], str], str | None] | None = None
     batched: bool = False
+    text_group: Callable[[EncoderFacts, Mapping[str, Any], str], Hashable] | None = None
 
 
 class Family(ABC):
@@ -77,7 +80,8 @@ class Family(ABC):
     def encode_batch(
         self, encoder: EncoderFacts, components: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
     ) -> list[Encoded]:
-        """Apply one encoder to several samples, whose images and clips have the same shapes; as `encode`.
+        """Apply one encoder to several samples, whose images and clips have the same shapes, and whose captions have
+        the same `text_group`; as `encode`.
 
         They are encoded in one pass if the encoder is `batched`, else one after the other.
         """
@@ -86,6 +90,11 @@ class Family(ABC):
         if function.batched:
             return function.encode(encoder, components, *columns)  # type: ignore[return-value]
         return [function.encode(encoder, components, *values) for values in zip(*columns, strict=True)]  # type: ignore[misc]
+
+    def text_group(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Hashable:
+        """Return what the captions that an encoder reads in one pass have in common."""
+        group = self.encoders[encoder.name].text_group
+        return group(encoder, components, sample[self.facts.text_column]) if group else None
 
     def truncation_warning(
         self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]

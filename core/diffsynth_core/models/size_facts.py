@@ -8,6 +8,8 @@ from typing import Any, Literal
 MediaSize = tuple[int, int, int]
 """(frames, height, width) in pixels."""
 
+CAPTIONS_AT_ONCE = 8
+"""Captions that a frozen text encoder encodes in one pass."""
 ENCODED_AT_ONCE = 256 * 256
 """Most pixels of all images or clips that a frozen encoder encodes in one pass, unless a single one has more."""
 

@@ -1,6 +1,7 @@
-"""What encoders read, loaded from files, for training and for generating."""
+"""What encoders read, loaded from files, and what they make of it, checked; for training and for generating."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.data.media import MediaCrop, load_pixels
-from diffsynth_core.models.family import Family
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.hub.identity import HashCache
+from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.planning.encoding_keys import ColumnInput, ConditioningFrames
 from diffsynth_core.planning.model_plan import ModelPlan
 
@@ -53,6 +56,25 @@ def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, A
         return value
 
     return {name: scaled(value) for name, value in loaded.items()}
+
+
+def check_encoded(encoded: Encoded, component: str, name: str, files: Iterable[Path], hashes: HashCache) -> None:
+    """Reject encodings that must not enter the cache, from where they would be reused.
+
+    Args:
+        name: of what was encoded, for messages.
+        files: that it was read from.
+
+    Raises:
+        DiffSynthError: if a file has changed since it was hashed, or the encoding is not finite.
+    """
+    if any(hashes.known(path) is None for path in files):
+        raise DiffSynthError(f"{name} changed while it was encoded", "rerun the command")
+    if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
+        raise DiffSynthError(
+            f"the output of the {component} for {name} contains NaN or Inf",
+            "check the file, or encode with `--mixed_precision no`",
+        )
 
 
 def load_tokenizers(model: ModelPlan, family: Family, component: str) -> dict[str, Any]:

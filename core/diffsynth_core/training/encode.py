@@ -1,7 +1,7 @@
 """Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,8 @@ from diffsynth_core.errors import DiffSynthError, raise_if_any
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.encoder_inputs import load_input, load_tokenizers, scale_pixels
+from diffsynth_core.planning.encoder_inputs import check_encoded, load_input, load_tokenizers
+from diffsynth_core.planning.encoding_batches import EncodingBatches
 from diffsynth_core.planning.encoding_keys import hash_cache, inputs_of
 from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef
 from diffsynth_core.planning.loading import free_device_memory
@@ -23,7 +24,6 @@ from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.encode_batches import EncodingBatches, rounds_alike
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.workers import iterate
 
@@ -111,16 +111,10 @@ def _encode(
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
-    device = components[part.encoder.component].device
     workers = min(plan.parameters.dataset_num_workers, len(refs))
     raw = iterate(_RawSamples(plan, part.encoder, refs), range(len(refs)), workers)
     warnings: dict[str, list[int]] = {}
-
-    def encode(samples: Sequence[Mapping[str, Any]]) -> list[Encoded]:
-        return family.encode_batch(part.encoder, components, [scale_pixels(sample, device) for sample in samples])
-
-    batched = family.encoders[part.encoder.name].batched and rounds_alike(components[part.encoder.component])
-    batches = EncodingBatches[EncodingRef](encode, batched)
+    batches = EncodingBatches[EncodingRef].of(family, part.encoder, components)
     with (
         reporter.task(f"Encoding {part.encoder.name}", len(refs), "samples") as task,
         _Writer(part.cache) as writer,
@@ -128,7 +122,8 @@ def _encode(
 
         def store(encodings: Iterable[tuple[EncodingRef, Encoded]]) -> None:
             for ref, encoded in encodings:
-                _check_encoded(plan, part, ref.sample, encoded, hashes)
+                named = plan.data.samples.samples[ref.sample]
+                check_encoded(encoded, part.encoder.component, named.name, named.files, hashes)
                 writer.write(part.keys[ref], encoded)
                 task.advance()
 
@@ -179,19 +174,3 @@ class _Writer:
         self._pool.shutdown()
         for write in self._writes if error is None else ():
             write.result()
-
-
-def _check_encoded(plan: RunPlan, part: EncoderPlan, index: int, encoded: Encoded, hashes: HashCache) -> None:
-    """Reject encodings that must not enter the cache, from where they would be reused.
-
-    Raises:
-        DiffSynthError: if a file has changed since it was hashed, or the encoding is not finite.
-    """
-    sample = plan.data.samples.samples[index]
-    if any(hashes.known(path) is None for path in sample.files):
-        raise DiffSynthError(f"{sample.name} changed while it was encoded", "rerun the command")
-    if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
-        raise DiffSynthError(
-            f"the output of the {part.encoder.component} for {sample.name} contains NaN or Inf",
-            "check the file, or encode with `--mixed_precision no`",
-        )

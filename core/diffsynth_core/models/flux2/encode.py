@@ -23,15 +23,16 @@ def apply_template(tokenizer: Any, caption: str) -> str:
     return text
 
 
-def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
-    """Encode a caption in its template, padded to 512 tokens, with Qwen3.
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
+    """Encode captions in their template, padded to 512 tokens, with Qwen3.
 
     Returns:
-        `prompt_embeds`: hidden states after layers 9, 18 and 27, `[512, 3 x width]` in the text encoder's dtype.
+        `prompt_embeds` of each: hidden states after layers 9, 18 and 27, `[512, 3 x width]` in the text encoder's
+            dtype.
     """
     text_encoder, tokenizer = components[encoder.component], components["tokenizer_path"]
     tokens = tokenizer(
-        apply_template(tokenizer, caption),
+        [apply_template(tokenizer, caption) for caption in captions],
         padding="max_length",
         max_length=MAX_TOKENS,
         truncation=True,
@@ -40,7 +41,16 @@ def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: s
     states = text_encoder.model(
         input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, use_cache=False
     ).hidden_states
-    return {"prompt_embeds": torch.cat([states[layer][0] for layer in TEXT_LAYERS], dim=-1)}
+    return [{"prompt_embeds": one} for one in torch.cat([states[layer] for layer in TEXT_LAYERS], dim=-1)]
+
+
+def is_padded(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> bool:
+    """Return whether a caption is shorter than the input.
+
+    Among captions that are not, none has a mask, and attention without one is another kernel.
+    """
+    tokenizer = components["tokenizer_path"]
+    return len(tokenizer(apply_template(tokenizer, caption))["input_ids"]) < MAX_TOKENS
 
 
 def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
@@ -107,8 +117,8 @@ def unpatchify(latents: Tensor) -> Tensor:
 
 
 ENCODERS = {
-    "text": Encoder(encode_text, truncation_warning),
+    "text": Encoder(encode_text, truncation_warning, batched=True, text_group=is_padded),
     "latents": Encoder(encode_latents),
     "edit_image": Encoder(encode_references),
 }
-"""Name -> encoder; spec.py has the facts."""
+"""Name -> encoder; spec.py has the facts. Images are encoded one by one, for the reason that FLUX.1's are."""

@@ -30,21 +30,30 @@ IMAGE_TOKEN = "<|image_pad|>"
 """Placeholder token of an image."""
 
 
-def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
-    """Encode a caption in its template with Qwen2.5-VL.
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
+    """Encode captions of as many tokens each, in their template, with Qwen2.5-VL.
 
     Returns:
-        `prompt_embeds`: last hidden states, `[L, 3584]` in the text encoder's dtype, L <= 1024.
+        `prompt_embeds` of each: last hidden states, `[L, 3584]` in the text encoder's dtype, L <= 1024.
     """
     text_encoder = components[encoder.component]
-    tokens = components["tokenizer_path"](
-        [PROMPT_TEMPLATE.format(caption)],
+    tokens = _tokenize(components, captions).to(text_encoder.device)
+    states = text_encoder.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False)
+    return [{"prompt_embeds": one} for one in states.last_hidden_state[:, DROPPED_TOKENS:]]
+
+
+def count_tokens(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> int:
+    """Return the number of tokens of a caption in its template, after truncation."""
+    return int(_tokenize(components, [caption]).input_ids.shape[1])
+
+
+def _tokenize(components: Mapping[str, Any], captions: Sequence[str]) -> Any:
+    return components["tokenizer_path"](
+        [PROMPT_TEMPLATE.format(caption) for caption in captions],
         max_length=MAX_TOKENS + DROPPED_TOKENS,
         truncation=True,
         return_tensors="pt",
-    ).to(text_encoder.device)
-    states = text_encoder.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False)
-    return {"prompt_embeds": states.last_hidden_state[0, DROPPED_TOKENS:]}
+    )
 
 
 def encode_edit_text(
@@ -143,7 +152,7 @@ def encode_controlnet_latents(
 
 
 ENCODERS = {
-    "text": Encoder(encode_text, truncation_warning),
+    "text": Encoder(encode_text, truncation_warning, batched=True, text_group=count_tokens),
     "edit_text": Encoder(encode_edit_text),
     "edit_plus_text": Encoder(encode_edit_text),
     "latents": Encoder(encode_latents, batched=True),

@@ -13,18 +13,26 @@ from diffsynth_core.models.wan.captions import MAX_TOKENS, clean_caption
 from diffsynth_core.models.wan.sizes import FRAMES, FRAMES_PER_LATENT
 
 
-def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
-    """Encode a cleaned caption with UMT5.
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
+    """Encode cleaned captions of as many tokens each with UMT5.
 
     Returns:
-        `prompt_embeds`: last hidden states, `[L, 4096]` in the text encoder's dtype, L <= 512.
+        `prompt_embeds` of each: last hidden states, `[L, 4096]` in the text encoder's dtype, L <= 512.
     """
     text_encoder = components[encoder.component]
-    tokens = components["tokenizer_path"](
-        [clean_caption(caption)], max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    ).to(text_encoder.device)
+    tokens = _tokenize(components, captions).to(text_encoder.device)
     states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    return {"prompt_embeds": states[0]}
+    return [{"prompt_embeds": one} for one in states]
+
+
+def count_tokens(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> int:
+    """Return the number of tokens of a cleaned caption, after truncation."""
+    return int(_tokenize(components, [caption]).input_ids.shape[1])
+
+
+def _tokenize(components: Mapping[str, Any], captions: Sequence[str]) -> Any:
+    texts = [clean_caption(caption) for caption in captions]
+    return components["tokenizer_path"](texts, max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
 
 
 def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
@@ -116,7 +124,7 @@ def encode_image(encoder: EncoderFacts, components: Mapping[str, Any], pixels: T
 
 
 ENCODERS = {
-    "text": Encoder(encode_text, truncation_warning),
+    "text": Encoder(encode_text, truncation_warning, batched=True, text_group=count_tokens),
     "latents": Encoder(encode_latents, batched=True),
     "latents_with_first_given": Encoder(encode_with_clean_first_frame),
     "latents_with_condition": Encoder(encode_with_condition),

@@ -1,8 +1,8 @@
-"""Small samples are encoded together, in batches of one size for each shape."""
+"""Small samples are encoded together: images in batches of one size for each shape, captions of one group."""
 
 import torch
 
-from diffsynth_core.training.encode_batches import EncodingBatches, rounds_alike
+from diffsynth_core.planning.encoding_batches import ALONE, BatchKind, EncodingBatches, image_batch, rounds_alike
 
 SMALL, LARGE = (3, 1, 64, 64), (3, 1, 256, 256)
 
@@ -30,14 +30,14 @@ def encoded(batches, given):
 
 def test_samples_of_one_shape_share_batches_and_the_last_is_filled_up():
     encode, given = Sums(), samples(*[SMALL] * 35)
-    found = encoded(EncodingBatches(encode, batched=True), given)
+    found = encoded(EncodingBatches(encode, image_batch), given)
     assert encode.sizes == [16, 16, 16]
     assert found == {ref: float(sample["image"].sum()) for ref, sample in enumerate(given)}
 
 
 def test_shapes_do_not_mix_and_large_samples_do_not_wait():
     encode, given = Sums(), samples(SMALL, LARGE, SMALL, (3, 1, 128, 128), LARGE)
-    found = encoded(EncodingBatches(encode, batched=True), given)
+    found = encoded(EncodingBatches(encode, image_batch), given)
     assert encode.sizes == [1, 1, 16, 4]
     assert list(found) == [1, 4, 0, 2, 3]
     assert found == {ref: float(sample["image"].sum()) for ref, sample in enumerate(given)}
@@ -45,8 +45,16 @@ def test_shapes_do_not_mix_and_large_samples_do_not_wait():
 
 def test_other_encoders_take_one_sample_after_the_other():
     encode, given = Sums(), samples(*[SMALL] * 3)
-    assert list(encoded(EncodingBatches(encode, batched=False), given)) == [0, 1, 2]
+    assert list(encoded(EncodingBatches(encode, lambda sample: ALONE), given)) == [0, 1, 2]
     assert encode.sizes == [1, 1, 1]
+
+
+def test_captions_of_a_group_share_batches_and_no_copy_is_encoded():
+    encode, given = Sums(), samples(*[SMALL] * 11)
+    found = encoded(EncodingBatches(encode, lambda sample: BatchKind(float(sample["image"].max()) % 2, 4)), given)
+    assert encode.sizes == [4, 4, 2, 1]
+    assert list(found) == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 9]
+    assert found == {ref: float(sample["image"].sum()) for ref, sample in enumerate(given)}
 
 
 def test_only_float32_on_a_cpu_rounds_alike():
