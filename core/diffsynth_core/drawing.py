@@ -16,14 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, Interrupted
 from diffsynth_core.files import model_base_path
 from diffsynth_core.generation.request import GenerationRequest, ModelSource, find_source
-from diffsynth_core.hub.client import downloads_disabled
 from diffsynth_core.hub.download import download_missing
 from diffsynth_core.hub.download_plan import DownloadPlan
-from diffsynth_core.hub.file_requests import absent
-from diffsynth_core.hub.model_files import MissingFiles
 from diffsynth_core.progress import Reporter, SilentReporter, pluralize
 
 if TYPE_CHECKING:
@@ -72,18 +69,10 @@ class Drawing:
         """
         from diffsynth_core.generation.plan import files_to_download
 
-        if downloads_disabled() or self.source.resolved.incomplete:
-            return
-        base = self._models()
-        wanted = files_to_download(self.source, self.request, base)
-        if not absent(wanted, base):
-            return
-        try:
-            self.plan()
-        except DiffSynthError as error:
-            if not all(isinstance(problem, MissingFiles) for problem in error.problems):
-                raise
-            download_missing(wanted, base, self.reporter, self.reporter, show)
+        if not self.source.resolved.incomplete:
+            base = self._models()
+            wanted = files_to_download(self.source, self.request, base)
+            download_missing(wanted, base, self.plan, self.reporter, self.reporter, show)
 
     def draw(self, generation: "Generation | None" = None, stop: "StopRequest | None" = None) -> Iterator[Path]:
         """Draw all images and yield the path of each once it is written; of a grid last.

@@ -23,7 +23,6 @@ from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.client import downloads_disabled
 from diffsynth_core.hub.download import download_missing
 from diffsynth_core.hub.download_plan import DownloadPlan
-from diffsynth_core.hub.file_requests import absent
 from diffsynth_core.hub.model_files import MissingFiles, missing_in_one
 from diffsynth_core.planning.dataset import MissingDataset
 from diffsynth_core.planning.required_files import files_of_stages
@@ -136,16 +135,10 @@ class Session:
             FaultsFound: with all problems, missing files included, if there are others; or if a download fails.
             Interrupted: after Ctrl-C; the downloaded parts are kept.
         """
-        wanted, base = files_of_stages(self.stages), model_base_path()
-        incomplete = any(resolved.incomplete for resolved in self.stages)
-        if downloads_disabled() or incomplete or not absent(wanted, base):
-            return
-        try:
-            self.plan(reporter=_WithoutMessages(self.reporter))
-        except DiffSynthError as error:
-            if not all(isinstance(problem, MissingFiles) for problem in error.problems):
-                raise
-            download_missing(wanted, base, self.reporter, messages or self.reporter, show)
+        if not any(resolved.incomplete for resolved in self.stages):
+            plan = partial(self.plan, reporter=_WithoutMessages(self.reporter))
+            wanted, base = files_of_stages(self.stages), model_base_path()
+            download_missing(wanted, base, plan, self.reporter, messages or self.reporter, show)
 
     def check_disk(self, plans: Plans) -> None:
         """Raises: FaultsFound: if the states of a run do not fit the disk of its output folder."""

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffsynth_core.errors import Interrupted
+from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.hub.client import Hub, open_hub
+from diffsynth_core.hub.client import Hub, downloads_disabled, open_hub
 from diffsynth_core.hub.download_plan import LOCK, DownloadPlan, compared, plan_download
 from diffsynth_core.hub.fetching import fetch
 from diffsynth_core.hub.file_requests import FileRequest, absent
 from diffsynth_core.hub.identity import IDENTITIES, HashCache
+from diffsynth_core.hub.model_files import MissingFiles
 from diffsynth_core.locks import locked
 from diffsynth_core.progress import Reporter
 
@@ -55,19 +56,34 @@ def download(
 def download_missing(
     requests: Sequence[FileRequest],
     base: Path,
+    plan: Callable[[], object],
     waiting: Reporter,
     reporter: Reporter,
     on_plan: Callable[[DownloadPlan], None],
 ) -> None:
-    """Download the requested files if any of them are not on disk; only one of several concurrent processes does.
+    """Download the requested files that are not on disk, once everything else about a command has been checked.
+
+    Nothing is downloaded for a command that would then be rejected, nor where downloads are disabled. Only one of
+    several concurrent processes downloads.
 
     Args:
+        plan: makes the plan of the command; raises all its problems.
         waiting: reporter of a message if another process is downloading.
         reporter, on_plan: see `download`, also for the exceptions.
+
+    Raises:
+        FaultsFound: with all problems of the command, missing files included, if there are others.
     """
-    with _exclusive(base, waiting):
-        if absent(requests, base):
-            _download(requests, base, None, reporter, on_plan, verify=False)
+    if downloads_disabled() or not absent(requests, base):
+        return
+    try:
+        plan()
+    except DiffSynthError as error:
+        if not all(isinstance(problem, MissingFiles) for problem in error.problems):
+            raise
+        with _exclusive(base, waiting):
+            if absent(requests, base):
+                _download(requests, base, None, reporter, on_plan, verify=False)
 
 
 def _download(
