@@ -82,7 +82,9 @@ def encode_with_condition(encoder: EncoderFacts, components: Mapping[str, Any], 
     (latents,) = encode_normalized(vae, [kept])
     mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
     spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    (target,) = encode_normalized(vae, [pixels])
+    # A clip that has nothing else, such as one to be generated, is not encoded again; without values, none is known to.
+    same = not pixels.is_meta and torch.equal(kept, pixels)
+    target = latents if same else encode_normalized(vae, [pixels])[0]
     return {"latents": target, "condition": torch.cat([spread, latents])}
 
 
