@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsynth_core.errors import SIGNAL_EXIT_BASE, Interrupted
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, Interrupted, truncate
 from diffsynth_core.files import model_base_path
 from diffsynth_core.generation.request import GenerationRequest, ModelSource, find_source
 from diffsynth_core.hub.download import download_missing
@@ -102,6 +102,7 @@ class Drawing:
     def _draw(self, generation: "Generation", stop: "StopRequest") -> Iterator[Path]:
         from diffsynth_core.generation.generate import generate
         from diffsynth_core.generation.grid import draw_grid, middle_frame
+        from diffsynth_core.generation.labels import choose_font
         from diffsynth_core.generation.outputs import FileFacts, details, parameter_text, save_pixels, save_png
 
         cells = {}
@@ -118,7 +119,14 @@ class Drawing:
                 yield image.path
         if generation.sheet:
             sheet = generation.sheet
-            save_png(sheet.path, draw_grid(sheet.rows, sheet.columns, cells), {})
+            labels = choose_font((*sheet.rows, *sheet.columns))
+            if labels.missing:
+                self.reporter.warn(
+                    f"no font here has {pluralize(len(labels.missing), 'character')} of the labels "
+                    f"(`{truncate(''.join(labels.missing), 20)}`); the grid has notes such as `[2 characters]` instead. "
+                    "A font such as Noto Sans CJK, once installed, is used"
+                )
+            save_png(sheet.path, draw_grid(sheet.rows, sheet.columns, cells, labels), {})
             yield sheet.path
 
     def _models(self) -> Path:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from diffsynth_core.generation.labels import Font, LabelFont, choose_font
 
 SMALLEST_CELL = 192
 """Narrower images are enlarged to it, by a whole factor, so that labels have room."""
@@ -16,17 +18,14 @@ LABEL_WIDTH = 208
 """Width of the column of prompts, in pixels."""
 MARGIN = 8
 """Between cells and labels, in pixels."""
-FONT_SIZE = 15
 LINE_HEIGHT = 19
-"""Size and line height of labels, in pixels."""
+"""Of labels, in pixels."""
 HEADING_LINES = 2
 """Maximum number of lines of a column's label."""
 INK, PAPER = (24, 24, 24), (255, 255, 255)
 """Colors of text and ground."""
 CUT = "…"
 """The end of a label that does not fit."""
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,22 @@ class CellSize:
 
 
 def draw_grid(
-    rows: Sequence[str], columns: Sequence[str], images: Mapping[tuple[int, int], NDArray[np.uint8]]
+    rows: Sequence[str],
+    columns: Sequence[str],
+    images: Mapping[tuple[int, int], NDArray[np.uint8]],
+    labels: LabelFont | None = None,
 ) -> Image.Image:
     """Return a grid.
 
     Args:
         rows, columns: labels.
         images: (row, column) -> pixels, `[H, W, 3]` RGB, of one size.
+        labels: the font of the labels; None: chosen for them.
     """
+    labels = labels or choose_font((*rows, *columns))
     height, width = next(iter(images.values())).shape[:2]
-    cell, font = _cell_size(width, height), ImageFont.load_default(FONT_SIZE)
-    headings = [wrap_label(label, cell.width, HEADING_LINES, font) for label in columns]
+    cell, font = _cell_size(width, height), labels.font
+    headings = [wrap_label(labels.drawable(label), cell.width, HEADING_LINES, font) for label in columns]
     top = MARGIN + LINE_HEIGHT * max(map(len, headings), default=0)
     left = LABEL_WIDTH + 2 * MARGIN
     size = (left + len(columns) * (cell.width + MARGIN), top + MARGIN + len(rows) * (cell.height + MARGIN))
@@ -62,7 +66,8 @@ def draw_grid(
             pen.text((middle, first + number * LINE_HEIGHT), line, INK, font, anchor="ma")
     for row, label in enumerate(rows):
         y = top + MARGIN + row * (cell.height + MARGIN)
-        for number, line in enumerate(wrap_label(label, LABEL_WIDTH, cell.height // LINE_HEIGHT, font)):
+        lines = wrap_label(labels.drawable(label), LABEL_WIDTH, cell.height // LINE_HEIGHT, font)
+        for number, line in enumerate(lines):
             pen.text((MARGIN, y + number * LINE_HEIGHT), line, INK, font, anchor="la")
     for (row, column), pixels in images.items():
         image = Image.fromarray(pixels).resize((cell.width, cell.height), cell.method)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from diffsynth_core.generation.grid import FONT_SIZE, draw_grid, middle_frame, wrap_label
+from diffsynth_core.generation import labels
+from diffsynth_core.generation.grid import draw_grid, middle_frame, wrap_label
+from diffsynth_core.generation.labels import FONT_SIZE, LabelFont, choose_font, missing_characters
 
 FONT = ImageFont.load_default(FONT_SIZE)
 LONG = "a red circle left of a blue square on yellow, seen from above " * 9
@@ -66,3 +68,46 @@ def test_the_middle_frame_of_a_clip():
     clip = np.stack([flat(2, 2, number, 0, 0) for number in range(5)])
     assert (middle_frame(clip) == flat(2, 2, 2, 0, 0)).all()
     assert Image.fromarray(middle_frame(clip)).size == (2, 2)
+
+
+def test_what_a_font_lacks_is_found():
+    assert missing_characters(FONT, "a fox, 50 % …") == ()
+    assert missing_characters(FONT, "漢字 and 漢") == ("漢", "字")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Only these font files are installed; Pillow brings a font of its own."""
+
+    def install(*names: str):
+        monkeypatch.setattr(labels, "FONT_FILES", names)
+
+    return install
+
+
+def test_english_is_drawn_in_the_font_that_every_machine_has(installed):
+    installed("DejaVuSans.ttf")
+    assert choose_font(["a red fox", "step-8"]).font.getname() == FONT.getname()
+
+
+def test_other_alphabets_are_drawn_in_an_installed_font(installed):
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", FONT_SIZE)
+    except OSError:
+        pytest.skip("DejaVu Sans is not installed")
+    installed("gone.ttf", "DejaVuSans.ttf")
+    found = choose_font(["лиса", "é"])
+    assert found.font.getname()[0] == "DejaVu Sans" and not found.missing
+    cells = {(0, 0): flat(64, 64, 255, 255, 255)}
+    assert (np.asarray(draw_grid(["лиса"], [""], cells)) != np.asarray(draw_grid(["жаба"], [""], cells))).any()
+
+
+def test_characters_that_no_font_has_are_named_and_not_drawn_as_boxes(installed):
+    installed()
+    found = choose_font(["a 漢字 on 水", "x"])
+    assert found.missing == ("漢", "字", "水")
+    assert found.drawable("a 漢字 on 水") == "a [2 characters] on [1 character]"
+    assert LabelFont(FONT).drawable("a 漢字") == "a 漢字"
+    cells = {(0, 0): flat(64, 64, 255, 255, 255)}
+    drawn, named = draw_grid(["a 漢字"], [""], cells), draw_grid(["a [2 characters]"], [""], cells)
+    assert (np.asarray(drawn) == np.asarray(named)).all()
