@@ -7,8 +7,11 @@ from diffsynth_core.config.parameters import DEFAULTS
 from tests.conftest import ENTRIES
 
 
-def record_run(folder: Path, dataset: Path, **changes: object) -> Path:
-    """Write the record of a run of the tiny Qwen-Image, with the files next to the folder as its checkpoints."""
+def record_run(folder: Path, dataset: Path, family: str = "qwen-image", **changes: object) -> Path:
+    """Write the record of a run, with the files next to the folder as its checkpoints.
+
+    Its model is the tiny Qwen-Image, unless `changes` name the files of another one.
+    """
     parameters = DEFAULTS | {
         "model_id_with_origin_paths": list(ENTRIES.values()),
         "lora_base_model": "dit",
@@ -19,7 +22,7 @@ def record_run(folder: Path, dataset: Path, **changes: object) -> Path:
     folder.mkdir()
     record = RunRecord(
         parameters=parameters | changes,
-        family="qwen-image",
+        family=family,
         seed=0,
         dataset_fingerprint="",
         components={},

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import HubAccessError, read_problems, stamps
+from tests.clips import numbered, write_clip
 from tests.conftest import MODEL_ID, PLACES
 from tests.loras import random_lora, save_lora
 from tests.naming import in_any_order, names
@@ -246,6 +247,14 @@ def test_clips_of_a_wrong_length_without_the_first_frame(cli, recipe_models, ref
         (names("num_frames", "6", "4n + 1"), names("--num_frames 5", "9")),
         (names("Wan", "input_image"), names("--input_image")),
     )
+
+
+def test_a_clip_whose_first_frame_cannot_be_decoded(cli, recipe_models, refuse, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models("wan2.1-i2v-14b-480p-lora")))
+    torn = write_clip(tmp_path / "torn.mp4", numbered(3))
+    torn.write_bytes(torn.read_bytes()[:200])
+    recipe = ("--recipe", "wan2.1-i2v-14b-480p-lora", "--device", "cpu", "--prompt", "a")
+    assert refuse(*recipe, "--input_image", torn)[1] == [(names("--input_image", torn), names("another image"))]
 
 
 def test_an_output_folder_with_files(refuse, tmp_path):

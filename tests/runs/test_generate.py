@@ -18,11 +18,15 @@ from safetensors.torch import load_file, save_file
 from diffsynth_cli.main import main
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.data.videos import load_clip
+from diffsynth_core.generation import labels
+from tests.clips import detailed, write_clip
 from tests.conftest import ENTRIES, MODEL_ID, PLACES
 from tests.killing import ForkedRun
 from tests.loras import random_lora, save_lora
 from tests.outcome import Outcome
 from tests.recorded_runs import record_run
+from tests.wan import I2V
+from tests.wan import PLACES as PLACES_OF_WAN
 
 SMALL = ("--device", "cpu", "--height", "64", "--width", "64", "--steps", "2")
 QWEN = ("--recipe", "qwen-image-lora", *SMALL)
@@ -126,7 +130,7 @@ def test_a_lora_draws_as_its_merged_checkpoint(cli, tiny_families, tiny_models, 
     full = draw(cli, *QWEN, "--prompt", "a cat", "--checkpoint", merged, "--out", "full")[0]
     assert np.abs(pixels(adapted) - pixels(full)).max() <= 1
     assert np.abs(pixels(adapted) - pixels(plain)).max() > 20
-    assert described(full)["components"]["dit"]["source"] == str(merged)
+    assert described(full)["components"]["dit"]["source"] == merged.name, "no path of this machine"
     stored = draw(
         cli, *QWEN, "--prompt", "a cat", "--lora", f"{lora}:0.5", "--fp8_models", ENTRIES["dit"], "--out", "f8"
     )
@@ -163,7 +167,48 @@ def test_a_clip(cli, recipe_models, monkeypatch):
     assert "rain\\; on \\= a \\# roof" in said.stdout and '"num_frames": 5' in said.stdout.replace("\\", "")
 
 
-def test_full_checkpoints_of_a_run_side_by_side(cli, tiny_models, photographs, tmp_path):
+@pytest.mark.video
+def test_a_run_with_conditioning_frames_gives_them_with_its_captions(
+    cli, tiny_wan, tiny_families, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_wan))
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    frames = detailed(9, 32, 48)
+    write_clip(clips / "a.mov", frames)
+    Image.fromarray(frames[0]).save(clips / "b.png")
+    Image.fromarray(frames[8]).save(tmp_path / "last.png")
+    (clips / "metadata.csv").write_text("video,prompt\na.mov,rain\nb.png,rain and wind\n")
+    save_lora(
+        tmp_path / "style.safetensors",
+        random_lora(tiny_families("wan").module_shapes(), spread=0.2),
+        "wan",
+        "diffusers",
+    )
+    recorded = {
+        "model_id_with_origin_paths": [f"{I2V}:{place}" for place in PLACES_OF_WAN[I2V].values()],
+        "extra_inputs": ["input_image"], "height": 32, "width": 48, "num_frames": 5,
+    }  # fmt: skip
+    run = record_run(tmp_path / "run", clips, "wan", **recorded)
+    few = ("--device", "cpu", "--steps", 1, "--seed", 3)
+    outcome = cli("generate", "--run", run, *few, "--dry_run", "--format", "json")
+    assert [one["images"] for one in json.loads(outcome.out)["images"]] == [
+        {"input_image": [str(clips / "a.mov")]}, {"input_image": [str(clips / "b.png")]},
+    ]  # fmt: skip
+
+    def clip(path):
+        return load_clip(path, 0, 5, 32, 48, None)
+
+    first, _ = map(clip, draw(cli, "--run", run, *few))
+    given = ("--run", run, *few, "--prompt", "rain", "--out")
+    (same,) = draw(cli, *given, "same", "--input_image", clips / "b.png")
+    assert (first == clip(same)).all(), "the first frame of the clip"
+    (mine, _) = draw(cli, "--run", run, *few, "--out", "mine", "--input_image", tmp_path / "last.png")
+    (other,) = draw(cli, *given, "other", "--input_image", tmp_path / "last.png")
+    assert (clip(mine) == clip(other)).all() and (clip(mine) != first).any(), "what is given goes before the dataset"
+
+
+def test_full_checkpoints_of_a_run_side_by_side(cli, tiny_models, photographs, monkeypatch, tmp_path):
     weights = {}
     for path in (tiny_models / MODEL_ID).glob(PLACES["dit"]):
         weights |= load_file(path)
@@ -171,13 +216,16 @@ def test_full_checkpoints_of_a_run_side_by_side(cli, tiny_models, photographs, t
         changed = {name: tensor * (1 + number / 10) for name, tensor in weights.items()}
         save_file(changed, tmp_path / f"epoch-{number}.safetensors")
     run = record_run(tmp_path / "run", photographs, lora_base_model=None, trainable_models=["dit"])
-    *images, sheet = draw(cli, "--run", run, "--grid", "--prompt", "a cat", "--prompt", "a dog", *SMALL)
+    monkeypatch.setattr(labels, "FONT_FILES", ())
+    outcome = cli("generate", "--run", run, "--grid", "--prompt", "a cat", "--prompt", "a dog, 犬", *SMALL)
+    assert outcome.code == 0 and "no font here has 1 character of the labels (`犬`)" in outcome.err
+    *images, sheet = map(Path, outcome.out.splitlines())
     assert [path.name for path in (*images, sheet)] == [
         "0001.png", "0004.png", "0002.png", "0005.png", "0003.png", "0006.png", "grid.png",
     ]  # fmt: skip
     base, _, same, _, other, _ = map(pixels, images)
     assert (base == same).all() and (base != other).any()
-    assert described(images[4])["components"]["dit"]["source"] == str(run / "epoch-1.safetensors")
+    assert described(images[4])["components"]["dit"]["source"] == "epoch-1.safetensors"
 
 
 class DrawingRun(ForkedRun):

@@ -1,11 +1,13 @@
 """Checks of sizes, guidance and images against the model that draws. No torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.images import ImageHeader, read_image_header
+from diffsynth_core.data.media import is_clip
+from diffsynth_core.data.videos import read_video_header
 from diffsynth_core.errors import DiffSynthError, Problem, report, suggest
 from diffsynth_core.generation.prompts import PromptRow
 from diffsynth_core.generation.request import GenerationRequest
@@ -93,17 +95,24 @@ class ImageChecks:
             images = "one image" if most == 1 else f"at most {most} images"
             what = f"{where}: {self._variant.title} takes {images}, got {len(paths)}"
             yield Problem(what, f"pass {images}", wrong_use=True)
+        read = _check_frame if name in self._facts.frame_inputs else read_image_header
         for path in paths:
-            yield from self._of_file(where, path, conditions)
+            yield from self._of_file(where, path, conditions, read)
 
-    def _of_file(self, where: str, path: Path, conditions: Sequence[Condition]) -> Iterator[Problem]:
+    def _of_file(
+        self,
+        where: str,
+        path: Path,
+        conditions: Sequence[Condition],
+        read: Callable[[Path], ImageHeader | None],
+    ) -> Iterator[Problem]:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             yield Problem(f"{where}: `{path}` {what}", "correct the path", wrong_use=True)
             return
         if path not in self._headers:
             try:
-                self._headers[path] = read_image_header(path)
+                self._headers[path] = read(path)
             except DiffSynthError as error:
                 self._headers[path] = None
                 yield Problem(f"{where}: {error.problems[0].message}", "pass another image")
@@ -123,6 +132,18 @@ class ImageChecks:
         if name in self._variant.required_inputs:
             return Problem(what, f"pass `--{name} FILE`", wrong_use=True)
         return Problem(what, f'pass `--{name} FILE`, or draw without it: `--extra_inputs ""`', wrong_use=True)
+
+
+def _check_frame(path: Path) -> None:
+    """Check an image, or a clip of which a frame is taken.
+
+    Raises:
+        DiffSynthError: if it is neither, or its first frame cannot be decoded.
+    """
+    if is_clip(path):
+        read_video_header(path)
+    else:
+        read_image_header(path)
 
 
 def _not_taken(where: str, name: str, variant: Variant) -> Problem:

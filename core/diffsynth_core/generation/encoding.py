@@ -10,7 +10,8 @@ import torch
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.images import read_image_header
-from diffsynth_core.data.media import MediaCrop, choose_reference
+from diffsynth_core.data.media import MediaCrop, choose_reference, is_clip
+from diffsynth_core.data.videos import count_frames
 from diffsynth_core.errors import list_names, truncate
 from diffsynth_core.generation.job import GenerationJob, GenerationPlan
 from diffsynth_core.hub.identity import HashCache
@@ -141,7 +142,7 @@ def inputs_of_job(plan: GenerationPlan, job: GenerationJob) -> EncoderInputs:
     """Return what the encoders read of a job, its images at the sizes that their rules state."""
     shape = (job.num_frames, job.height, job.width)
     frames = tuple(
-        (frame, _covering(path, job))
+        (frame, _frame(path, frame, job))
         for name, frame in plan.model.facts.frame_inputs.items()
         for path in job.images.get(name, ())
     )
@@ -154,8 +155,14 @@ def inputs_of_job(plan: GenerationPlan, job: GenerationJob) -> EncoderInputs:
     return EncoderInputs(ConditioningFrames(shape, frames), conditions, job.values)
 
 
-def _covering(path: Path, job: GenerationJob) -> MediaCrop:
-    """Return an image as a frame of a job: it covers the frame and is center-cropped."""
+def _frame(path: Path, frame: int, job: GenerationJob) -> MediaCrop:
+    """Return an image as a frame of a job: it covers the frame and is center-cropped.
+
+    Of a clip, it is the frame with that number among as many as the job has.
+    """
+    if is_clip(path):
+        start = frame if frame >= 0 else count_frames(path, None, job.num_frames) + frame
+        return MediaCrop(path, job.height, job.width, video=True, start=start)
     return MediaCrop(path, job.height, job.width, converted=bool(read_image_header(path).colors.profile))
 
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,13 @@ class FileFacts:
         return {"file": path.name, "sha256": self._hashes.known(path)}
 
 
+def shared_name(origin: str) -> str:
+    """Return what the files of a component were named, with absolute paths reduced to their last part: images are
+    shared, and a run records where its files are on this machine.
+    """
+    return ", ".join(PurePath(part).name if PurePath(part).is_absolute() else part for part in origin.split(", "))
+
+
 def details(job: GenerationJob, plan: GenerationPlan, files: FileFacts) -> dict[str, Any]:
     """Return everything that an image was drawn from, for JSON."""
     model: ModelPlan = plan.model
@@ -77,7 +84,11 @@ def details(job: GenerationJob, plan: GenerationPlan, files: FileFacts) -> dict[
             {**files.of(one.lora.path), "weight": one.weight, "component": one.component} for one in job.adapters
         ],
         "components": {
-            name: {"source": found.origin, "storage": found.storage, "files": [files.of(path) for path in found.paths]}
+            name: {
+                "source": shared_name(found.origin),
+                "storage": found.storage,
+                "files": [files.of(path) for path in found.paths],
+            }
             for name, found in model.components.items()
         },
     }

@@ -141,7 +141,7 @@ def plan_generation(
         parameters, models = _find_models(source, columns, _given_inputs(request, rows), base)
         found = next(iter(models.values()), None)
         if found and source.record and not _names_prompts(request):
-            rows = prompts_of_run(parameters, found)
+            rows = prompts_of_run(parameters, found, request.images)
         defaults = _defaults(source, request, parameters, choice, found.variant) if found else None
         adapters = _adapters(columns, models)
         if found and defaults:

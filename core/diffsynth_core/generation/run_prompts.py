@@ -1,5 +1,7 @@
 """Prompts of a run: the first captions of its dataset, with their reference images. No torch."""
 
+from collections.abc import Collection
+
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.rows import read_rows
@@ -14,8 +16,14 @@ GIVE_PROMPTS = "pass `--prompt TEXT` or `--prompts FILE`"
 """Hint for a run without captions."""
 
 
-def prompts_of_run(parameters: Parameters, found: ModelPlan) -> list[PromptRow]:
-    """Return the first distinct captions of a run's dataset. Reports problems."""
+def prompts_of_run(parameters: Parameters, found: ModelPlan, given: Collection[str]) -> list[PromptRow]:
+    """Return the first distinct captions of a run's dataset, with the images of their rows. Reports problems.
+
+    Inputs that are frames of the clip are taken from the clip itself, as in training.
+
+    Args:
+        given: extra inputs whose images are given for all prompts, in place of those of the rows.
+    """
     folder, facts, variant = parameters.dataset_base_path, found.facts, found.variant
     try:
         metadata = read_metadata(
@@ -25,11 +33,16 @@ def prompts_of_run(parameters: Parameters, found: ModelPlan) -> list[PromptRow]:
         report(Problem(f"no captions of the run: {error.problems[0].message}", GIVE_PROMPTS))
         return []
     rows = read_rows(metadata, columns_of_run(parameters, facts, variant), "named")
-    columns = dict.fromkeys(condition.column for condition in variant.conditions)
+    columns = {condition.column: condition.column for condition in variant.conditions}
+    columns |= {name: variant.target.column for name in facts.frame_inputs if name in parameters.extra_inputs}
     prompts: dict[str, PromptRow] = {}
     for record in rows.records:
         if record.row not in rows.faulty and record.caption and record.caption not in prompts:
-            images = {name: tuple(metadata.base / path for path in record.files.get(name, ())) for name in columns}
+            images = {
+                name: tuple(metadata.base / path for path in record.files.get(column, ()))
+                for name, column in columns.items()
+                if name not in given
+            }
             where = f"`{metadata.origin}` row {record.row}"
             prompts[record.caption] = PromptRow(where, record.caption, images=images)
     if not prompts:
