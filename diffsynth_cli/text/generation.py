@@ -6,7 +6,7 @@ from typing import Any
 from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.errors import truncate
 from diffsynth_core.generation.job import GenerationJob, GenerationPlan
-from diffsynth_core.generation.memory import weights_at_once, weights_fit
+from diffsynth_core.generation.memory import find_storage, sizes_are_known, weights_at_once, weights_fit
 from diffsynth_core.generation.plan import Generation
 from diffsynth_core.hub.model_files import MissingFiles
 from diffsynth_core.planning.memory import download_bytes, file_bytes
@@ -44,7 +44,8 @@ def plan_lines(generation: Generation) -> Iterator[str]:
         yield _labeled("", f"negative prompt: {truncate(job.negative_prompt, SHOWN)}")
     for line in _prompt_lines(generation):
         yield _labeled("", line)
-    yield _labeled("Memory", _memory(generation))
+    for number, line in enumerate(_memory_lines(generation)):
+        yield _labeled("" if number else "Memory", line)
     where = f"`{generation.out}`"
     yield _labeled("Output", f"{where}, and `{generation.sheet.path.name}` there" if generation.sheet else where)
 
@@ -99,18 +100,28 @@ def _prompt_lines(generation: Generation) -> Iterator[str]:
         yield f"and {pluralize(len(firsts) - LISTED, 'more prompt')}"
 
 
-def _memory(generation: Generation) -> str:
-    """The weights of the largest moment, and whether they fit."""
+def _memory_lines(generation: Generation) -> Iterator[str]:
+    """The weights of the largest moment, whether they fit, and if they do not, the flag with which they do."""
     moments = weights_at_once(generation)
     largest = max(moments, key=lambda name: moments[name])
     device, _ = device_and_precision(generation.parameters, generation.plans[0].machine)
     where = "" if device == "cpu" else " on the GPU"
-    text = f"{format_memory(moments[largest])} of weights{where} at most ({largest}); activations come on top"
+    text = f"{format_memory(moments[largest])} of weights{where} at most ({largest}); activations, not counted, come on top"
     asked = generation.parameters.gpu_memory
     if not asked:
-        return text
+        yield text
+        return
+    limit = memory_bytes(asked)
     verdict = "fit" if weights_fit(generation) else "do not fit"
-    return f"{text}; the weights {verdict} in {format_memory(memory_bytes(asked))} ({asked})"
+    yield f"{text}; the weights {verdict} in {format_memory(limit)} ({asked})"
+    if weights_fit(generation):
+        return
+    if option := find_storage(generation, limit):
+        yield f"to make them fit, with {format_memory(option.peak)} at most, pass `{option.flag}`"
+    elif sizes_are_known(generation):
+        yield "they do not fit in 8-bit floats (`--fp8_models`) either"
+    else:
+        yield "what 8-bit floats (`--fp8_models`) would save can be told once all files are there"
 
 
 def image_facts(generation: Generation) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffsynth_core.config.resolve import resolve_stages
+from diffsynth_core.drawing import Drawing
+from diffsynth_core.generation.memory import find_storage, weights_at_once
+from diffsynth_core.generation.request import GenerationRequest
 from tests.cli.conftest import HubAccessError, read_problems, stamps
 from tests.clips import numbered, write_clip
 from tests.conftest import MODEL_ID, PLACES
@@ -346,9 +351,31 @@ def test_weights_are_counted_for_a_gpu_unless_the_cpu_is_asked_for(cli):
     assert limit[1] == on_cpu[1] and float(on_cpu[0]) == pytest.approx(2 * float(limit[0]), rel=0.05)
 
 
-def test_weights_that_do_not_fit(cli):
+def test_weights_that_do_not_fit(cli, says):
     outcome = cli("generate", *QWEN, "--prompt", "a", "--dry_run", "--gpu_memory", "0.001GB")
-    assert outcome.code == 3 and "do not fit" in outcome.out
+    assert outcome.code == 3 and "the weights do not fit" in outcome.out
+    says(outcome)
+    assert "8-bit floats (`--fp8_models`) either" in " ".join(outcome.out.split())
+
+
+@pytest.mark.parametrize(("recipe", "component"), [("qwen-image-lora", "dit"), ("wan2.2-t2v-a14b-lora", "dit2")])
+def test_the_flag_that_makes_weights_fit_does(cli, entry_models, monkeypatch, recipe, component):
+    """The one flag may name the transformer of either stage."""
+    stages = resolve_stages({"recipe": recipe})
+    base = entry_models(*(entry for one in stages for entry in one.parameters.model_id_with_origin_paths))
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))
+    generation = Drawing.of(GenerationRequest(prompts=("a",)), recipe=recipe, device="cpu").plan()
+    limit = max(weights_at_once(generation).values()) - 50_000
+    option = find_storage(generation, limit)
+    assert option.components == (component,) and option.peak < limit
+    drawn = ("generate", "--recipe", recipe, "--prompt", "a", "--device", "cpu", "--dry_run", "--gpu_memory")
+    outcome = cli(*drawn, f"{limit / 2**20:.6f}MB")
+    shown = " ".join(outcome.out.split())
+    assert outcome.code == 3 and "the weights do not fit" in shown
+    flag = shown.partition(" at most, pass `")[2].partition("`")[0]
+    assert flag == option.flag
+    again = cli(*drawn, f"{limit / 2**20:.6f}MB", *shlex.split(flag))
+    assert again.code == 0 and "the weights fit" in " ".join(again.out.split()), again.out
 
 
 def test_a_run_gives_model_size_checkpoint_and_captions(cli, says, lora, photographs, tmp_path):

@@ -169,7 +169,22 @@ def _stages(stages: Sequence[Resolved]) -> tuple[Resolved, Resolved | None]:
     if len(stages) > 2:
         problem = one_stage_problem(stages)
         return replace(stages[0], problems=(*stages[0].problems, problem)), None
-    return stages[0], stages[1] if len(stages) == 2 else None
+    if len(stages) == 1:
+        return stages[0], None
+    first, second = stages
+    return _without_entries_of(second, first), _without_entries_of(first, second)
+
+
+def _without_entries_of(other: Resolved, resolved: Resolved) -> Resolved:
+    """Return the parameters of a stage without the models in `fp8_models` that only the other stage has: a flag is for
+    both.
+    """
+    own, others = (
+        {*one.parameters.model_id_with_origin_paths, *(path for group in one.parameters.model_paths for path in group)}
+        for one in (resolved, other)
+    )
+    kept = tuple(entry for entry in resolved.parameters.fp8_models if entry in own or entry not in others)
+    return replace(resolved, parameters=resolved.parameters.model_copy(update={"fp8_models": kept}))
 
 
 def one_stage_problem(stages: Sequence[Resolved]) -> Problem:
