@@ -18,6 +18,8 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import collect_problems
 from diffsynth_core.generation.generate import draw
 from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
+from diffsynth_core.models.family import Family
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import match_targets, modules_with_weights
 from diffsynth_core.models.wan.sampling import T2V_2_2
 from diffsynth_core.models.wan.spec import WAN
@@ -271,6 +273,23 @@ def test_pixels_are_those_of_the_pipeline(name, request, tmp_path):
     assert guided.shape == (3, case.frames, *case.size)
     assert wanted.std() > 0.05 and effect > 10 * TOLERANCE, "there is something to compare"
     assert worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "FLUX.1"])
+def test_a_controlnet_runs_once_in_a_step_with_both_prompts(name, request, monkeypatch, tmp_path):
+    case = controlnet(name, request, tmp_path / "images")
+    case.named["control_image"].close()  # no pipeline reads it
+    family, plan, calls = load_family(case.model().facts.name), plan_of(case.model(), tmp_path / "cache", case.job), []
+    (once,) = drawn(plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(family), "shared_by_prompts", Family.shared_by_prompts)
+        (twice,) = drawn(plan)
+    assert torch.equal(once, twice)
+    module = type(case.pipeline.controlnet)
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *given, **named: (calls.append(1), forward(*given, **named))[1])
+    drawn(plan)
+    assert len(calls) == case.steps
 
 
 def test_two_denoisers_share_the_steps_as_in_the_pipeline(request, tmp_path):

@@ -1,6 +1,6 @@
 """Generating: prompts and images are encoded, the denoiser samples latents, the VAE decodes them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -181,11 +181,14 @@ class _Drawing:
             batch if job.guidance is None else {**batch, "guidance": torch.tensor([job.guidance], device=self.device)}
         )
 
-    def _predict(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
+    def _predict(
+        self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batches: Sequence[Encoded]
+    ) -> list[Tensor]:
+        """Return the velocity with the prompt and, if there are two batches, with the negative one."""
         dtype, enabled = frozen_dtype(self._precision), self._precision != "no"
         with torch.autocast(self.device.type, dtype, enabled=enabled):
-            velocity: Tensor = self.family.predict_velocity(components, noisy, sigma, batch)
-            return velocity
+            shared = self.family.shared_by_prompts(components, noisy, sigma, batches[0])
+            return [self.family.predict_velocity(components, noisy, sigma, {**one, **shared}) for one in batches]
 
     def _raise_if_stopped(self) -> None:
         if self._stop.signal_number is not None:

@@ -9,8 +9,8 @@ from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.spec import Variant
 
-Predict = Callable[[Tensor, Tensor, Encoded], Tensor]
-"""(latents `[1, C, F, h, w]` float32, sigma `[1]` float32, batch) -> predicted noise - latents."""
+Predict = Callable[[Tensor, Tensor, Sequence[Encoded]], list[Tensor]]
+"""(latents `[1, C, F, h, w]` float32, sigma `[1]` float32, batches) -> predicted noise - latents with each of them."""
 
 
 def draw_noise(seed: int, shape: Sequence[int]) -> Tensor:
@@ -63,9 +63,10 @@ class Sampler:
     ) -> None:
         states = hold_clean(self.latents, batch)
         sigma = (timestep.float() / TRAINING_TIMESTEPS).reshape(1).to(states.device)
-        velocity = predict(states, sigma, batch).float()
-        if negative is not None:
-            velocity = self._family.guide(velocity, predict(states, sigma, negative).float(), cfg_scale)
+        batches = [batch] if negative is None else [batch, negative]
+        velocity, *others = (one.float() for one in predict(states, sigma, batches))
+        for other in others:
+            velocity = self._family.guide(velocity, other, cfg_scale)
         (self.latents,) = self._scheduler.step(velocity, timestep, self.latents, return_dict=False)
 
 

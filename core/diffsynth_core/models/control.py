@@ -17,6 +17,8 @@ CONTROLNET_IMAGE = "controlnet_image"
 """Extra input and metadata column of the control image."""
 CONTROL_LATENTS = "controlnet_latents"
 """Name of its latents, and of their encoder."""
+CONTROL_OUTPUTS = "control_outputs"
+"""Name in a batch of what a ControlNet adds to the transformer, where it is computed once for several prompts."""
 OF_CONTROLNET = "{}_of_controlnet"
 """Name of an encoding that a ControlNet reads instead of the one that the transformer reads."""
 FILE_PATTERNS = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")

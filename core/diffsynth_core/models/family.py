@@ -135,6 +135,15 @@ class Family(ABC):
             `[B, C, F, H, W]`.
         """
 
+    def shared_by_prompts(
+        self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded
+    ) -> dict[str, Any]:
+        """Return what `predict_velocity` would compute alike for the prompt and the negative prompt of a sample.
+
+        Added to either batch, it is not computed again.
+        """
+        return {}
+
     @abstractmethod
     def scheduler(self, variant: Variant, steps: int, shape: Sequence[int]) -> Any:
         """Return the published sampler, a scheduler of diffusers, with its timesteps set as in the model's pipeline.

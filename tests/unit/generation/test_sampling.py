@@ -18,10 +18,10 @@ class Exact:
     def __init__(self, wanted: Tensor) -> None:
         self.wanted, self.sigmas, self.seen = wanted, [], []
 
-    def __call__(self, noisy: Tensor, sigma: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        self.sigmas.append(float(sigma))
+    def __call__(self, noisy: Tensor, sigma: Tensor, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+        self.sigmas += [float(sigma)] * len(batches)
         self.seen.append(noisy)
-        return (noisy - batch.get("wanted", self.wanted)) / sigma
+        return [(noisy - batch.get("wanted", self.wanted)) / sigma for batch in batches]
 
 
 def started(steps: int = 4, seed: int = 1) -> Sampler:

@@ -46,6 +46,14 @@ class Flux(Family):
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return forward.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
 
+    def shared_by_prompts(
+        self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded
+    ) -> dict[str, Any]:
+        controlnet = components.get(control.CONTROLNET)
+        if controlnet is None:
+            return {}
+        return {control.CONTROL_OUTPUTS: forward.control_outputs(controlnet, noisy, sigma, batch)}
+
     def scheduler(self, variant: Variant, steps: int, shape: Sequence[int]) -> Any:
         *_, height, width = shape
         return schedulers.euler(SCHEDULER, steps, schedulers.token_shift(height // 2 * (width // 2), SCHEDULER))

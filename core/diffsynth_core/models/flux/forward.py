@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
-from diffsynth_core.models.control import CONTROL_LATENTS, read_by_controlnet
+from diffsynth_core.models.control import CONTROL_LATENTS, CONTROL_OUTPUTS, read_by_controlnet
 from diffsynth_core.models.flux.captions import T5_TOKENS
 from diffsynth_core.models.flux.encode import KONTEXT_LATENTS
 from diffsynth_core.models.patches import blank_latents, numbered, pack, unpack
@@ -67,8 +67,7 @@ def predict_velocity(
     """Call the transformer as `FluxPipeline` and `FluxKontextPipeline` do: packed latents, timestep = sigma.
 
     The tokens of reference images follow those of the latents, all with image index 1. Source for several images:
-    modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`. A ControlNet is called as
-    in `FluxControlNetPipeline`, at scale 1; one without a guidance embedder gets no guidance.
+    modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
@@ -76,17 +75,51 @@ def predict_velocity(
         batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference image
             `kontext_latents_<n>` `[B, 16, 1, h, w]` with its own h and w. `controlnet_latents` have the size of
             `noisy`. `guidance` `[B]`, if it is not that of training.
+        controlnet: called unless the batch has its outputs.
 
     Returns:
         `[B, 16, 1, h, w]`.
     """
+    given, outputs = _inputs(noisy, sigma, batch), batch.get(CONTROL_OUTPUTS)
+    if outputs is None and controlnet is not None:
+        outputs = _call_controlnet(controlnet, given, batch)
+    added, added_single = (None, None) if outputs is None else outputs
+    (prediction,) = transformer(
+        controlnet_block_samples=added,
+        controlnet_single_block_samples=added_single,
+        **_states_as(given, transformer),
+    )
     *_, height, width = noisy.shape
+    return unpack(prediction[:, : height // 2 * (width // 2)], height, width)
+
+
+def control_outputs(controlnet: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Any:
+    """Return what a ControlNet adds to the blocks of the transformer, and to those of single streams.
+
+    Inputs are as of `predict_velocity`.
+    """
+    return _call_controlnet(controlnet, _inputs(noisy, sigma, batch), batch)
+
+
+def _call_controlnet(controlnet: Any, given: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Any:
+    """Call a ControlNet as in `FluxControlNetPipeline`, at scale 1; without a guidance embedder it gets no guidance."""
+    inputs = {
+        **given,
+        "guidance": given["guidance"] if controlnet.config.guidance_embeds else None,
+        "pooled_projections": read_by_controlnet(batch, "pooled_prompt_embeds"),
+        "encoder_hidden_states": read_by_controlnet(batch, "prompt_embeds"),
+    }
+    followed = pack(batch[CONTROL_LATENTS]).to(controlnet.dtype)
+    return controlnet(controlnet_cond=followed, **_states_as(inputs, controlnet))
+
+
+def _inputs(noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what transformer and ControlNet both take."""
     shown = numbered(batch, KONTEXT_LATENTS)
-    tokens = pack(noisy)
-    states = torch.cat([tokens, *(pack(image) for image in shown)], dim=1)
+    states = torch.cat([pack(noisy), *(pack(image) for image in shown)], dim=1)
     ids = torch.cat([token_ids(noisy, 0), *(token_ids(image, 1) for image in shown)])
     text = batch["prompt_embeds"]
-    given = {
+    return {
         "hidden_states": states,
         "timestep": sigma,
         "guidance": batch["guidance"] if "guidance" in batch else torch.full_like(sigma, GUIDANCE),
@@ -96,22 +129,6 @@ def predict_velocity(
         "img_ids": ids,
         "return_dict": False,
     }
-    added, added_single = None, None
-    if controlnet is not None:
-        inputs = {
-            **given,
-            "guidance": given["guidance"] if controlnet.config.guidance_embeds else None,
-            "pooled_projections": read_by_controlnet(batch, "pooled_prompt_embeds"),
-            "encoder_hidden_states": read_by_controlnet(batch, "prompt_embeds"),
-        }
-        followed = pack(batch[CONTROL_LATENTS]).to(controlnet.dtype)
-        added, added_single = controlnet(controlnet_cond=followed, **_states_as(inputs, controlnet))
-    (prediction,) = transformer(
-        controlnet_block_samples=added,
-        controlnet_single_block_samples=added_single,
-        **_states_as(given, transformer),
-    )
-    return unpack(prediction[:, : tokens.shape[1]], height, width)
 
 
 def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
-from diffsynth_core.models.control import CONTROL_LATENTS, read_by_controlnet
+from diffsynth_core.models.control import CONTROL_LATENTS, CONTROL_OUTPUTS, read_by_controlnet
 from diffsynth_core.models.patches import blank_latents, numbered, pack, unpack
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import Variant
@@ -73,36 +73,48 @@ def predict_velocity(
 ) -> Tensor:
     """Call the transformer as diffusers' pipelines do: packed latents, timestep = sigma, text mask if needed.
 
-    The tokens of reference images follow those of the target; their part of the output is dropped. A ControlNet is
-    called as in `QwenImageControlNetPipeline`, at scale 1.
+    The tokens of reference images follow those of the target; their part of the output is dropped.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
         sigma: `[B]` float32; the transformer itself rounds it to its compute dtype.
+        controlnet: called unless the batch has its outputs.
 
     Returns:
         `[B, 16, 1, h, w]`.
     """
+    given, added = _inputs(noisy, sigma, batch), batch.get(CONTROL_OUTPUTS)
+    if added is None and controlnet is not None:
+        added = _call_controlnet(controlnet, given, batch)
+    (prediction,) = transformer(controlnet_block_samples=added, **_states_as(given, transformer))
+    *_, height, width = noisy.shape
+    return unpack(prediction[:, : height // 2 * (width // 2)], height, width)
+
+
+def control_outputs(controlnet: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Any:
+    """Return what a ControlNet adds to the blocks of the transformer; inputs as of `predict_velocity`."""
+    return _call_controlnet(controlnet, _inputs(noisy, sigma, batch), batch)
+
+
+def _call_controlnet(controlnet: Any, given: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Any:
+    """Call a ControlNet as in `QwenImageControlNetPipeline`, at scale 1."""
+    inputs = {**given, "encoder_hidden_states": read_by_controlnet(batch, "prompt_embeds")}
+    followed = pack(batch[CONTROL_LATENTS]).to(controlnet.dtype)
+    return controlnet(controlnet_cond=followed, **_states_as(inputs, controlnet))
+
+
+def _inputs(noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what transformer and ControlNet both take."""
     images = [noisy, *edit_latents(batch)]
-    tokens = [pack(latents) for latents in images]
     shapes = [(1, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in images]
-    given = {
-        "hidden_states": torch.cat(tokens, dim=1),
+    return {
+        "hidden_states": torch.cat([pack(latents) for latents in images], dim=1),
         "timestep": sigma,
         "encoder_hidden_states": batch["prompt_embeds"],
         "encoder_hidden_states_mask": batch.get("prompt_mask"),
         "img_shapes": [shapes] * len(noisy),
         "return_dict": False,
     }
-    added = None
-    if controlnet is not None:
-        text = read_by_controlnet(batch, "prompt_embeds")
-        added = controlnet(
-            controlnet_cond=pack(batch[CONTROL_LATENTS]).to(controlnet.dtype),
-            **_states_as({**given, "encoder_hidden_states": text}, controlnet),
-        )
-    (prediction,) = transformer(controlnet_block_samples=added, **_states_as(given, transformer))
-    return unpack(prediction[:, : tokens[0].shape[1]], *noisy.shape[-2:])
 
 
 def rescale_tokens(velocity: Tensor, reference: Tensor) -> Tensor:
