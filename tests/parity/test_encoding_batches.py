@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.errors import collect_problems
+from diffsynth_core.errors import Interrupted, collect_problems
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.size_facts import CAPTIONS_AT_ONCE, encoded_at_once
 from diffsynth_core.planning.components import find_components
@@ -130,10 +130,10 @@ def planned(tiny_models, tmp_path):
     return plan
 
 
-def fill(plan) -> dict[str, bytes]:
+def fill(plan, stop: StopRequest | None = None) -> dict[str, bytes]:
     """Fill the cache; return its entries."""
     family = load_family(plan.model.facts.name)
-    fill_cache(plan, family, make_accelerator(plan), SilentReporter(), StopRequest())
+    fill_cache(plan, family, make_accelerator(plan), SilentReporter(), StopRequest() if stop is None else stop)
     folder = plan.output.cache / "encodings"
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
 
@@ -148,3 +148,27 @@ def test_a_cache_filled_in_two_goes_holds_the_same_bytes(planned):
     again = planned("twice")
     assert {part.encoder.name: len(part.missing) for part in again.encodings.encoders} == {"text": 3, "latents": 14}
     assert fill(again) == once
+
+
+class StopAtCheck(StopRequest):
+    """A stop that is requested before one of the checks for it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def raise_if_set(self) -> None:
+        self.left -= 1
+        self.signal_number = 2 if self.left <= 0 else None
+        super().raise_if_set()
+
+
+@pytest.mark.parametrize(("check", "kept"), [(1 + 3, 0), (1 + 5 + 2, 2)], ids=["before a sample", "in the last batch"])
+def test_a_stop_does_not_wait_for_what_is_not_encoded_yet(planned, check, kept):
+    """Five captions share a batch, which is encoded after the last of them."""
+    plan = planned("stopped")
+    with pytest.raises(Interrupted):
+        fill(plan, StopAtCheck(check))
+    entries = list((plan.output.cache / "encodings").rglob("*.safetensors"))
+    assert len(entries) == kept
+    assert len(fill(planned("stopped"))) == 21 + 5

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.errors import DiffSynthError, raise_if_any
+from diffsynth_core.errors import DiffSynthError, Interrupted, raise_if_any
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
@@ -140,8 +140,14 @@ def _encode(
                 store(encoded)
                 if warning := family.truncation_warning(part.encoder, components, sample):
                     warnings.setdefault(warning, []).append(plan.data.samples.samples[ref.sample].row)
-        finally:  # a sample that cannot be loaded, or a stop, loses none of those before it
+        except Interrupted:  # with a large encoder, what still waits may take minutes
+            raise
+        except Exception:  # a sample that cannot be loaded loses none of those before it
             store(batches.rest())
+            raise
+        for encoded_last in batches.rest():
+            store([encoded_last])
+            stop.raise_if_set()
     for warning, rows in warnings.items():
         reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
 
