@@ -21,6 +21,7 @@ METAVARS = {
     "str": "TEXT",
     "comma list": "A,B,…",
     "number pair": "A,B",
+    "arguments": "NAME=VALUE…",
     "json list": "JSON",
 }
 """Type of a parameter -> its placeholder in the help."""
@@ -67,6 +68,7 @@ def setting_option(setting: Setting, help_text: str | None = None) -> Any:
         str | None,
         typer.Option(
             f"--{setting.name}",
+            *(f"--{alias}" for alias in setting.aliases),
             *short,
             metavar=metavar(setting),
             help=help_text,
@@ -104,7 +106,10 @@ def _completions(setting: Setting) -> Callable[[str], list[str]]:
         return complete_recipe
 
     def complete(incomplete: str) -> list[str]:
-        values = launcher_presets() if setting.name == "accelerate_config" else setting.choices
+        from diffsynth_core.planning.optimizers import OPTIMIZERS
+
+        tables = {"accelerate_config": tuple(launcher_presets()), "optimizer": tuple(OPTIMIZERS)}
+        values = tables.get(setting.name, setting.choices)
         return [value for value in values if value.startswith(incomplete)]
 
     return complete
@@ -153,7 +158,7 @@ def option_help(setting: Setting) -> list[str]:
                 ),
             ]
     notes = []
-    if setting.type_name != "bool" and setting.default not in (None, ()):
+    if setting.type_name != "bool" and setting.default not in (None, (), ""):
         notes.append(f"default: {format_value(setting.default)}")
     notes += [f"default for {family}: {_switched(value)}" for family, value in setting.family_defaults.items()]
     if setting.unit:

@@ -51,7 +51,7 @@ def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
     )
     yield f"{DEVICES[config.device]} memory, estimated for {basis}: {sizes.batch} of {shown}, precision {config.precision}"
     if memory.training:
-        yield from _table(_training_parts(config, memory.training))
+        yield from _table(_training_parts(config, memory.training, plan.training.optimizer.spec.title))
     for part in memory.encoding:
         parts = "weights and largest feature maps" if part.activations else "weights"
         yield f"  {_memory(part.total)}  {part.component} while encoding, before training: {parts}"
@@ -64,7 +64,7 @@ def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
         yield from candidate_lines(estimate.fit)
 
 
-def _training_parts(config: MemoryConfig, training: TrainingMemory) -> dict[str, int]:
+def _training_parts(config: MemoryConfig, training: TrainingMemory, optimizer: str) -> dict[str, int]:
     """Device memory during training by part, and the total; of parts that are never needed together, the larger one
     counts."""
     kept = "recomputed block by block" if config.recompute else "all stored"
@@ -73,16 +73,16 @@ def _training_parts(config: MemoryConfig, training: TrainingMemory) -> dict[str,
     optional = {
         f"activations ({kept}{waiting})": training.activations,
         f"autocast copies of the weights, at the end of a forward pass{moved}": training.autocast_weights,
-        "temporary buffers of the AdamW step, after activations are freed": training.update
+        f"temporary buffers of the {optimizer} step, after activations are freed": training.update
         if training.update_is_fullest
         else 0,
     }
-    suffix = ", with the AdamW step instead of activations" if training.update_is_fullest else ""
+    suffix = f", with the {optimizer} step instead of activations" if training.update_is_fullest else ""
     return {
         **{f"weights of {name}": size for name, size in training.weights.items()},
         **({"LoRA": training.adapters} if training.adapters else {}),
         "gradients": training.gradients,
-        "optimizer state (AdamW)": training.optimizer,
+        f"optimizer state ({optimizer})": training.optimizer,
         **{name: size for name, size in optional.items() if size},
         f"training in total{suffix}": training.total,
     }

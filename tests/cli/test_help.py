@@ -20,6 +20,7 @@ VALUES = {
     "str": "text",
     "comma list": "a,b",
     "number pair": "0.9,0.99",
+    "arguments": "fused=true",
     "json list": '["a", ["b"]]',
 }
 

@@ -27,7 +27,7 @@ SWITCHES = [
     "enable_wandb_log", "enable_csv_log", "enable_lora_hot_loading", "framewise_decoding",
 ]  # fmt: skip
 WITH_VALUE = [
-    "cpu_offload_split_threshold", "customized_optimizer", "swanlab_project", "wandb_project",
+    "cpu_offload_split_threshold", "swanlab_project", "wandb_project",
     "dmd2_student_update_freq", "dmd2_guidance_lora_rank", "embedded_guidance", "quant_options",
     "template_model_id_or_path", "audio_processor_path", "resume_from_checkpoint",
 ]  # fmt: skip

@@ -70,8 +70,8 @@ class Counting(Engine):
     def skips_overflow(self):
         return self._inner.skips_overflow
 
-    def step(self, rate):
-        return self._called("step", rate)
+    def step(self, rate, number):
+        return self._called("step", rate, number)
 
     def state(self):
         return self._called("state")

@@ -166,6 +166,7 @@ LOSSES: dict[str, tuple[object, ...]] = {
 WEIGHTS: dict[str, tuple[object, ...]] = {
     "weight_decay": ("--weight_decay", 0.5),
     "adam_betas": ("--adam_betas", "0.9,0.5"),
+    "optimizer_args": ("--optimizer_args", "eps=0.1"),
     "max_grad_norm": ("--max_grad_norm", "1e-9"),
 }
 """Parameters that change the weights after equal losses."""

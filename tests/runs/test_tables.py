@@ -1,7 +1,7 @@
 """The tables of training: a row from outside trains, without a change in the loop, the engine or the objectives."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.memory import device_memory, state_bytes
 from diffsynth_core.planning.memory_config import memory_config
-from diffsynth_core.planning.optimizers import OPTIMIZERS, OptimizerSpec
+from diffsynth_core.planning.optimizer_choice import OptimizerChoice
+from diffsynth_core.planning.optimizers import OPTIMIZERS, OptimizerSpec, on_accelerators, per_number
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
@@ -29,7 +30,7 @@ from diffsynth_core.training.timesteps import TIMESTEPS
 def plan(tiny_models: Path, photographs: Path, tmp_path: Path) -> Callable[..., RunPlan]:
     """The plan of a LoRA in a folder of this name, with `rows`, such as `loss`, chosen in the tables."""
 
-    def plan(folder: str, steps: int = 4, resume: str | None = None, **rows: str) -> RunPlan:
+    def plan(folder: str, steps: int = 4, resume: str | None = None, **rows: object) -> RunPlan:
         flags = {"recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "max_steps": steps, "lora_rank": 4,
                  "device": "cpu", "dataset_num_workers": 0, "learning_rate": 0.01, "resume": resume,
                  "output_path": str(tmp_path / folder)}  # fmt: skip
@@ -74,12 +75,15 @@ class Restless(torch.optim.Optimizer):
 
 
 @pytest.fixture
-def restless(monkeypatch) -> Iterator[str]:
+def restless(monkeypatch) -> OptimizerChoice:
     spec = OptimizerSpec(
-        build=lambda params, trained: Restless(trained), state_bytes=4, update_bytes={"cpu": 0, "cuda": 16}
+        title="Restless",
+        build=lambda rate, options, trained: Restless(trained),
+        state_bytes=per_number(4),
+        update_bytes=on_accelerators(16),
     )
     monkeypatch.setitem(OPTIMIZERS, "restless", spec)
-    return "restless"
+    return OptimizerChoice("restless")
 
 
 def test_an_optimizer_with_numbers_in_its_state_resumes_bit_for_bit(plan, restless):

@@ -9,7 +9,9 @@ gradients, as in `[Bq; Bk; Bv] A`.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ def add_lora(
     Raises:
         DiffSynthError: when a module is not there or is of a kind that peft has no LoRA for.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    with _without_bitsandbytes():
+        from peft import LoraConfig, inject_adapter_in_model
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     own_names = {module: public_keys.to_targets(module) or () for module in modules}
@@ -78,7 +81,8 @@ def add_lora(
     device = next(model.parameters()).device
     try:
         # On the meta device, so that peft neither initializes the LoRA nor gives it the dtype of the base.
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+        with _without_bitsandbytes():
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
         raise DiffSynthError(
             f"cannot add a LoRA to these modules: {error}",
@@ -101,6 +105,21 @@ def add_lora(
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
     if device.type != "meta":
         start_lora(model, seed, public_keys, device)
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Let bitsandbytes count as not installed while peft is imported and used: it would import it for layers of its
+    own, which no model here has, and that takes as long as importing torch.
+    """
+    loaded = "bitsandbytes" in sys.modules
+    if not loaded:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not loaded:
+            del sys.modules["bitsandbytes"]
 
 
 def start_lora(

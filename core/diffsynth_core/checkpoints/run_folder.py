@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -103,9 +103,9 @@ def read_record(folder: Path) -> RunRecord | None:
     return read_json(path, RunRecord, "choose another `--output_path`") if os.path.lexists(path) else None
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that affect a run's numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
+def package_versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Return the versions of Python and of the packages that affect a run's numbers, some runs' of `more` packages."""
+    return {"python": platform.python_version(), **{name: version(name) for name in (*RECORDED_PACKAGES, *more)}}
 
 
 @contextmanager

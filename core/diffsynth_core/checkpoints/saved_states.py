@@ -25,6 +25,8 @@ Hashes = Callable[[Sequence[Path]], Sequence[str]]
 """Computes the sha256 of files."""
 Scalar = None | bool | int | float | str
 """A value of JSON without structure."""
+GroupValue = Scalar | list[Scalar] | dict[str, Scalar | list[Scalar]]
+"""An option of a parameter group; an object is a tensor: its dtype, shape and values."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class OptimizerValues:
     """
 
     parameters: dict[str, dict[str, Scalar]]
-    groups: list[dict[str, Scalar | list[Scalar]]]
+    groups: list[dict[str, GroupValue]]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from diffsynth_core.checkpoints.saved_states import (
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import sync_folder
+from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.progress import pluralize
 
-SET_EVERY_STEP = ("params", "lr", "initial_lr")
+SET_EVERY_STEP = ("params", "lr", "initial_lr", UPDATE)
 """Options of the optimizer's parameter groups that the training loop sets itself."""
 
 
@@ -37,7 +38,7 @@ class StateTensors:
     """What a state holds of weights and optimizer, whole: the same for every engine and number of processes.
 
     Attributes:
-        weights: trained weights by `<component>.<parameter>`, float32.
+        weights: trained weights by `<component>.<parameter>`, in the dtype in which they train.
         moments: tensors of the optimizer by `<component>.<parameter>/<kind>`, such as `…/exp_avg`.
         values: everything else of the optimizer.
     """
@@ -144,9 +145,9 @@ def _values(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimize
     }
     groups = [
         {
-            kind: _plain(value)
+            kind: _plain(value, optimizer.defaults.get(kind))
             for kind, value in group.items()
-            if kind not in SET_EVERY_STEP and _plain(value) != _plain(optimizer.defaults.get(kind))
+            if kind not in SET_EVERY_STEP and not _is(value, optimizer.defaults.get(kind))
         }
         for group in optimizer.param_groups
     ]
@@ -159,25 +160,44 @@ def _restore_optimizer(
     tensors: Mapping[str, Tensor],
     values: OptimizerValues,
 ) -> None:
+    # Optimizers of torch keep their step count on the CPU, unless they are fused.
+    counted_on_device = {id(one) for group in optimizer.param_groups if group.get("fused") for one in group["params"]}
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         parameter = trained[name]
-        # AdamW keeps its step count on the CPU. Copied, because tensors of load_file are mapped to a file that a
-        # later save removes.
-        optimizer.state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+        on_host = kind == "step" and id(parameter) not in counted_on_device
+        # Copied, because tensors of load_file are mapped to a file that a later save removes.
+        optimizer.state[parameter][kind] = value.to("cpu" if on_host else parameter.device, copy=True)
     for name, kinds in values.parameters.items():
         optimizer.state[trained[name]].update(kinds)
     for group, changed in zip(optimizer.param_groups, values.groups, strict=bool(values.groups)):
-        group.update({kind: _like(group.get(kind), value) for kind, value in changed.items()})
+        device = group["params"][0].device
+        group.update({kind: _like(group.get(kind), value, device) for kind, value in changed.items()})
 
 
-def _plain(value: Any) -> Any:
-    """Convert a value to JSON, which has neither tuples nor tensors."""
+def _is(value: Any, initial: Any) -> bool:
+    """Return whether an option of a group is as it was at the start."""
+    return bool(_plain(value, initial) == _plain(initial, initial))
+
+
+def _plain(value: Any, initial: Any) -> Any:
+    """Convert a value to JSON, which has neither tuples nor tensors.
+
+    Args:
+        initial: the value at the start of the run; a tensor that replaces none is described, for there will be none
+            when it is restored.
+    """
+    if isinstance(value, Tensor) and not isinstance(initial, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "shape": list(value.shape), "values": value.flatten().tolist()}
     return value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
 
 
-def _like(before: Any, value: Any) -> Any:
+def _like(before: Any, value: Any, device: torch.device) -> Any:
     """Invert `_plain`, for a value that replaces `before`."""
+    if isinstance(value, dict):
+        values: Tensor = torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]), device=device)
+        return values.reshape(value["shape"])
     if isinstance(before, Tensor):
         return before.new_tensor(value)
     return tuple(value) if isinstance(before, tuple) else value

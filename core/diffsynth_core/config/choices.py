@@ -11,6 +11,8 @@ files that the makers of a model publish."""
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of weights and of the computation."""
 
+TrainedDtype = Literal["float32", "bf16"]
+"""Dtypes of weights that train in full."""
 MixedPrecision = Literal["no", "bf16", "fp16"]
 COMPUTE_DTYPES: Mapping[str, WeightDtype] = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """`mixed_precision` -> the dtype of frozen weights and of the computation."""

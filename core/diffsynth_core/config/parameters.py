@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 
-from diffsynth_core.config.choices import LoraFormat, MixedPrecision, WeightDtype
+from diffsynth_core.config.choices import LoraFormat, MixedPrecision, TrainedDtype, WeightDtype
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
+from diffsynth_core.config.optimizer_args import read_arguments
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 GROUPS = {
@@ -113,6 +114,8 @@ Beta = Annotated[float, BeforeValidator(_reject_bool), Field(ge=0, lt=1, allow_i
 """A decay rate of Adam's moments."""
 NumberPair = Annotated[tuple[Beta, Beta], BeforeValidator(_split_numbers, json_schema_input_type=str | list[Beta])]
 """Two numbers, or one string with both, separated by a comma."""
+Arguments = Annotated[str, BeforeValidator(read_arguments, json_schema_input_type=str | dict[str, Any])]
+"""Arguments of a function, as sorted `name=value` words; a mapping in a file."""
 MemorySize = Annotated[str, BeforeValidator(_check_memory)]
 """GPU memory: an amount such as `24GB`, or a card such as `4090`."""
 PathGroups = Annotated[
@@ -131,6 +134,7 @@ TYPE_WORDS = {
     "str": "a string",
     "comma list": "a comma-separated list of strings",
     "number pair": "two comma-separated numbers",
+    "arguments": "space-separated words `name=value`, each name once",
     "json list": "a JSON list of paths, or of lists of shard paths",
 }
 """Type of a parameter -> what it accepts, in messages."""
@@ -181,6 +185,7 @@ def _setting(
     documented: bool = True,
     family_defaults: Mapping[str, Any] | None = None,
     short: str | None = None,
+    aliases: tuple[str, ...] = (),
     reads_data: bool = False,
     generates: bool = False,
     for_video: bool = False,
@@ -203,6 +208,7 @@ def _setting(
         documented: whether DiffSynth-Studio has the parameter.
         family_defaults: family -> default that replaces `default` there.
         short: letter of the short flag, as in `-v`.
+        aliases: further names, which flags and files may use instead.
         reads_data: whether it affects how a run reads its dataset, which makes it an option of `dataset validate` too.
         generates: whether it is an option of `generate` too.
         for_video: whether it is about the length of clips or their frame rate.
@@ -221,6 +227,7 @@ def _setting(
         "compared": compared,
         "family_defaults": dict(family_defaults or {}),
         "short": short,
+        "aliases": aliases,
         "reads_data": reads_data,
         "generates": generates,
         "for_video": for_video,
@@ -648,6 +655,23 @@ class Parameters(BaseModel):
         "Search for parameters without a gradient in distributed training; accepted for compatibility, has no effect: unused parameters are excluded from training",
         changes="nothing",
     )
+    optimizer: str = _setting(
+        "adamw",
+        "training",
+        "str",
+        "Optimizer: adamw, adamw8bit, adafactor, came, lion, muon (matrices; AdamW for the rest) or prodigy; or a subclass of `torch.optim.Optimizer` by its dotted path, `package.module.Class`, from a flag or your own config file only",
+        changes="numbers",
+        documented=False,
+        aliases=("customized_optimizer",),
+    )
+    optimizer_args: Arguments = _setting(
+        "",
+        "training",
+        "arguments",
+        "Arguments of the optimizer, such as `fused=true eps=1e-8`; an unknown one is an error that lists those of the optimizer",
+        changes="numbers",
+        documented=False,
+    )
     weight_decay: Number = _setting(
         0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0, le=MAX_RATE
     )
@@ -658,6 +682,14 @@ class Parameters(BaseModel):
         "AdamW decay rates of the averages of the gradient and of its square",
         changes="numbers",
         compared="course",
+        documented=False,
+    )
+    trained_dtype: TrainedDtype = _setting(
+        "float32",
+        "training",
+        "choice",
+        "Dtype of weights that train in full, and of their gradients; bf16 halves both: each update is computed in float32 and rounded stochastically, so that small ones are not lost. A LoRA is always float32",
+        changes="numbers",
         documented=False,
     )
     task: Literal[
@@ -902,6 +934,7 @@ class Setting:
     compared: Compared
     family_defaults: Mapping[str, Any]
     short: str | None
+    aliases: tuple[str, ...]
     choices: tuple[str, ...]
     help_text: str
     reads_data: bool
@@ -951,6 +984,7 @@ def _read_settings() -> Iterator[Setting]:
             compared=facts["compared"],
             family_defaults=facts["family_defaults"],
             short=facts["short"],
+            aliases=facts["aliases"],
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
             reads_data=facts["reads_data"],
@@ -965,6 +999,10 @@ def _read_settings() -> Iterator[Setting]:
 
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _read_settings()}
 """Name -> declaration."""
+
+
+ALIASES: dict[str, str] = {alias: name for name, setting in SETTINGS.items() for alias in setting.aliases}
+"""Another name of a parameter -> its name."""
 
 
 def as_plain(parameters: Parameters) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.parameters import ALIASES, SETTINGS
 from diffsynth_core.config.unknown_names import unknown_parameter
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, kind_of, raise_if_any, suggest
@@ -155,7 +155,8 @@ def _known_parameters(given: Any) -> dict[str, Any]:
     """Return those of the given parameters that a file may set."""
     if not isinstance(given, dict):
         return {}
-    return {name: value for name, value in given.items() if name in SETTINGS and name not in NOT_IN_RECIPES}
+    named = {ALIASES.get(name, name): value for name, value in given.items()}
+    return {name: value for name, value in named.items() if name in SETTINGS and name not in NOT_IN_RECIPES}
 
 
 def _known_stages(given: Any) -> dict[str, dict[str, Any]]:
@@ -233,7 +234,13 @@ def _parameter_problems(given: Any, where: str) -> list[Problem]:
     if given is not None and not isinstance(given, dict):
         what = f"`parameters` is {kind_of(given)}, expected names and values"
         return [Problem(f"{where}: {what}", wrong_use=True)]
-    unknown = [unknown_parameter(str(name), f" in {where}") for name in given or {} if name not in SETTINGS]
+    known = {*SETTINGS, *ALIASES}
+    unknown = [unknown_parameter(str(name), f" in {where}") for name in given or {} if name not in known]
+    twice = [
+        Problem(f"`{alias}` in {where} is another name of `{name}`, which is set too", "remove one", wrong_use=True)
+        for alias, name in ALIASES.items()
+        if alias in (given or {}) and name in (given or {})
+    ]
     misplaced = [
         Problem(
             f"`{name}` in {where} applies to a single command and cannot be set in a file",
@@ -243,4 +250,4 @@ def _parameter_problems(given: Any, where: str) -> list[Problem]:
         for name in given or {}
         if name in NOT_IN_RECIPES
     ]
-    return unknown + misplaced
+    return unknown + twice + misplaced

@@ -13,8 +13,6 @@ MEMORY = (
     "and `--dry_run --gpu_memory 24GB` finds what fits"
 )
 """Hint for options that save memory."""
-ADAMW = "remove it; the optimizer is AdamW"
-"""Hint for options that choose an optimizer."""
 DISTILLATION = "remove it; the supported distillation is `--task direct_distill`"
 """Hint for options of other distillation methods."""
 CONTINUE = "`--resume auto` resumes the run in `--output_path` at its last step, including the optimizer state"
@@ -47,7 +45,6 @@ class UnsupportedName:
 UNSUPPORTED: dict[str, UnsupportedName] = {
     "audio_processor_path": UnsupportedName("remove it; models with audio are not supported"),
     "cpu_offload_split_threshold": UnsupportedName(MEMORY),
-    "customized_optimizer": UnsupportedName(ADAMW),
     "dmd2_*": UnsupportedName(DISTILLATION),
     "embedded_guidance": UnsupportedName(DISTILLATION),
     "enable_csv_log": UnsupportedName(METRICS, is_switch=True),

@@ -219,7 +219,8 @@ def _build(family: Family, name: str, component: MeasuredComponent) -> nn.Module
     swap_layers(facts, module, STORES[component.storage], component.dtype)
     prepare_component(family, name, module, component.setup)
     for weight, parameter in list(module.named_parameters()):
-        wide = parameter.requires_grad or weight in component.float32 or facts.stays_float32(weight)
+        in_files = weight.replace(".base_layer.", ".")
+        wide = ".lora_" in weight or in_files in component.float32 or facts.stays_float32(in_files)
         if parameter.is_floating_point():
             dtype = torch.float32 if wide else component.dtype
             place(module, weight, parameter.detach().to(dtype))

@@ -194,7 +194,8 @@ def _part(plan: RunPlan, component: str, config: MemoryConfig) -> Any:
     training = plan.training
     lora = [training.lora_modules, config.rank] if component == training.lora_component else None
     whole = component in training.full
-    return [_identity(plan, component), lora, whole, training.parts.get(component), config.storage[component]]
+    parts = [_identity(plan, component), lora, whole, training.parts.get(component), config.storage[component]]
+    return parts if training.dtype == "float32" else [*parts, training.dtype]
 
 
 def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryConfig) -> "MeasuredComponent":
@@ -223,7 +224,7 @@ def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryCon
         settings,
         frozen_dtype(config.precision),
         replace(setup, checkpointing=True),
-        plan.training.weights(component, layout, shapes),
+        plan.training.float32_weights(component, layout, shapes),
         config.storage[component],
         blocks,
     )

@@ -5,7 +5,7 @@ counted is what operations need while they work, nor the driver.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,13 +24,13 @@ from diffsynth_core.planning.activations import (
 )
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.model_plan import ModelPlan
-from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import components_of
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.base_files import FLOAT8
 
-GRADIENT_BYTES = 4
+ROUNDING_BYTES = 16
+"""Per number of a tensor in bfloat16 while it is updated: weight, gradient and update in float32, and a temporary."""
 PREFETCHED = 2
 """Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
 
@@ -134,6 +134,8 @@ def unknown_parts(plan: RunPlan) -> list[str]:
     measured |= step_components(plan) & set(plan.model.variant.step_components)
     in_step = {*plan.training.components, *plan.model.variant.step_components}
     unknown += [f"activations that autograd keeps of {name}" for name in in_step - measured]
+    if plan.task.trains and plan.training.optimizer.is_class:
+        unknown.append(f"the state of `{plan.training.optimizer.name}`, counted like that of AdamW")
     if plan.machine.world_size > 1 and plan.task.trains:
         unknown.append("communication buffers for gradients, as large as the gradients")
     return sorted(unknown)
@@ -147,31 +149,64 @@ def count_parameters(plan: Planned, component: str) -> int:
     return plan.model.published[component].parameters if component in plan.model.published else 0
 
 
-def lora_numbers(plan: RunPlan, rank: int) -> int:
-    """Numbers in the LoRA: A of each public module once, B of each of its parts."""
+def lora_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
+    """Shapes of the LoRA's tensors: A of each public module once, B of each of its parts."""
     component = plan.training.lora_component
     if not component:
-        return 0
+        return []
     public_keys, shapes = plan.model.components[component].layout.public_keys, plan.model.shapes.get(component, {})
-    total = 0
+    found: list[tuple[int, ...]] = []
     for module in plan.training.lora_modules:
         parts = [shapes[f"{name}.weight"] for name in public_keys.to_targets(module) or ()]
-        total += rank * (math.prod(parts[0][1:]) + sum(part[0] for part in parts))
-    return total
+        found.append((rank, *parts[0][1:]))
+        found += [(part[0], rank, *(1 for _ in part[2:])) for part in parts]
+    return found
 
 
-def full_numbers(plan: RunPlan) -> int:
-    """Numbers that take gradients without LoRA."""
-    return sum(
-        math.prod(shapes[weight])
-        for name, shapes in plan.model.shapes.items()
-        for weight in trainable_weights(plan, name, shapes)
-    )
+def lora_numbers(plan: RunPlan, rank: int) -> int:
+    """Numbers in the LoRA."""
+    return sum(map(math.prod, lora_shapes(plan, rank)))
+
+
+def trained_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
+    """Shapes of all tensors that take gradients, with a LoRA of this rank."""
+    return float32_shapes(plan, rank) + rounded_shapes(plan)
+
+
+def float32_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
+    """Shapes of those that train in float32."""
+    return lora_shapes(plan, rank) + [shape for shape, rounded in _full_shapes(plan) if not rounded]
+
+
+def rounded_shapes(plan: RunPlan) -> list[tuple[int, ...]]:
+    """Shapes of those that train in bfloat16."""
+    return [shape for shape, rounded in _full_shapes(plan) if rounded]
+
+
+def _full_shapes(plan: RunPlan) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """Yield the shape of each tensor that trains without LoRA, and whether it does so in bfloat16."""
+    for part, shapes in plan.model.shapes.items():
+        stays_float32 = plan.model.facts.component(part).stays_float32
+        for name in trainable_weights(plan, part, shapes):
+            yield shapes[name], plan.training.dtype == "bf16" and not stays_float32(name)
+
+
+def trained_bytes(plan: RunPlan, rank: int) -> int:
+    """Bytes of what trains, with a LoRA of this rank; its gradients take as much."""
+    numbers = [sum(map(math.prod, shapes)) for shapes in (float32_shapes(plan, rank), rounded_shapes(plan))]
+    return numbers[0] * BYTES["float32"] + numbers[1] * BYTES["bfloat16"]
+
+
+def update_bytes(plan: RunPlan, config: MemoryConfig) -> int:
+    """Bytes that the step works with: for all float32 tensors, and then for the largest of the others."""
+    optimizer, rounded = plan.training.optimizer, rounded_shapes(plan)
+    at_once = optimizer.update_bytes(float32_shapes(plan, config.rank), config.device)
+    return max(at_once, ROUNDING_BYTES * max(map(math.prod, rounded), default=0))
 
 
 def count_trained(plan: RunPlan) -> int:
     """Numbers that take gradients."""
-    return lora_numbers(plan, plan.parameters.lora_rank) + full_numbers(plan)
+    return sum(map(math.prod, trained_shapes(plan, plan.parameters.lora_rank)))
 
 
 def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
@@ -181,9 +216,8 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         *plan.model.variant.step_components,
         *plan.training.components,
     } & plan.model.components.keys()
-    adapters = lora_numbers(plan, config.rank)
-    trained = adapters + full_numbers(plan)
-    optimizer, activations = OPTIMIZERS[plan.training.optimizer], step_activations(plan, config)
+    adapters, shapes = lora_numbers(plan, config.rank), trained_shapes(plan, config.rank)
+    optimizer, activations = plan.training.optimizer, step_activations(plan, config)
     kept = activations.checkpointed if config.recompute else activations.stored
     kept *= max((sample.sampling.steps for sample in plan.data.samples.samples if sample.sampling), default=1)
     on_host = kept if config.offload and config.device != "cpu" else 0
@@ -195,12 +229,12 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     return TrainingMemory(
         weights={name: weight_bytes(plan, name, config) for name in sorted(names)},
         adapters=adapters * BYTES["float32"],
-        gradients=trained * GRADIENT_BYTES,
-        optimizer=trained * optimizer.state_bytes,
+        gradients=trained_bytes(plan, config.rank),
+        optimizer=optimizer.state_bytes(shapes),
         activations=kept - on_host + (0 if casts else block),
         autocast_weights=casts,
         on_host=on_host,
-        update=trained * optimizer.update_bytes[config.device],
+        update=update_bytes(plan, config),
     )
 
 
@@ -208,7 +242,7 @@ def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     """Bytes of a component's weights: float32 where they train, else as the run keeps them."""
     shapes = plan.model.shapes.get(component, {})
     files = plan.model.components.get(component)
-    trained = plan.training.weights(component, files.layout, shapes) if files and shapes else frozenset()
+    trained = plan.training.float32_weights(component, files.layout, shapes) if files and shapes else frozenset()
     return frozen_bytes(plan, component, config.precision, config.storage.get(component, "plain"), trained)
 
 
@@ -270,10 +304,11 @@ def disk_use(plan: RunPlan, config: MemoryConfig, encoded: EncodedSize) -> DiskU
 
 
 def state_bytes(plan: RunPlan) -> int:
-    """Of the state after one step: trained weights in float32 and what the optimizer keeps of each."""
+    """Of the state after one step: trained weights, in the dtype in which they train, and the optimizer's state."""
     if not plan.task.trains:
         return 0
-    return count_trained(plan) * (BYTES["float32"] + OPTIMIZERS[plan.training.optimizer].state_bytes)
+    rank = plan.parameters.lora_rank
+    return trained_bytes(plan, rank) + plan.training.optimizer.state_bytes(trained_shapes(plan, rank))
 
 
 def most_states(plan: RunPlan, keep: int) -> int:

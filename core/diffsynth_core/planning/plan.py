@@ -19,6 +19,12 @@ from diffsynth_core.planning.device import check_launch, choose_device, choose_p
 from diffsynth_core.planning.encodings_plan import EncodingsPlan
 from diffsynth_core.planning.lora_files import find_fused_lora
 from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.optimizer_choice import (
+    OptimizerChoice,
+    choose_optimizer,
+    dtype_problems,
+    rate_warnings,
+)
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
@@ -139,6 +145,7 @@ def make_plan(
             resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
             parameters = resolved.parameters
         training = _find_training(parameters, found, resolved.invalid) if found else None
+        optimizer = _choose_optimizer(resolved, parameters)
         fused_lora = find_fused_lora(parameters, found) if found else None
         no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
         report_missing(*no_dataset)
@@ -146,6 +153,9 @@ def make_plan(
         if task.encodes and not found and resolved.origin("dataset_base_path").is_given:
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
+        if task.trains:
+            for problem in dtype_problems(parameters, optimizer, mixed_precision):
+                (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
         report(*(shape_faults(found) if found else []))
         steps = _step_plan(parameters, samples, world_size) if samples else None
         cache = parameters.cache_path or default_cache_path()
@@ -164,12 +174,16 @@ def make_plan(
         parameters=parameters,
         model=replace(found, stored=stored_shares(found), fused_lora=fused_lora),
         data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded),
-        training=training,
+        training=replace(training, optimizer=optimizer),
         output=OutputPlan(start=start, cache=cache),
         machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size),
         missing=missing,
         family_defaults=resolved.family_defaults,
-        warnings=(*_warnings(resolved, samples), *_unread_lora(parameters, found, training)),
+        warnings=(
+            *_warnings(resolved, samples),
+            *_unread_lora(parameters, found, training),
+            *(rate_warnings(parameters, optimizer) if task.trains else ()),
+        ),
     )
 
 
@@ -247,6 +261,13 @@ def _find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[
     if not TASKS[parameters.task].trains:
         return NOTHING_TRAINS
     return find_training(parameters, found, invalid)
+
+
+def _choose_optimizer(resolved: Resolved, parameters: Parameters) -> OptimizerChoice:
+    """Return the optimizer of a task that trains; a precompute task has none, whatever the parameters name."""
+    if not TASKS[parameters.task].trains:
+        return OptimizerChoice()
+    return choose_optimizer(parameters, resolved.origin("optimizer"), resolved.invalid)
 
 
 def _find_samples(

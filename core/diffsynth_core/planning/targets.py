@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from diffsynth_core.config.choices import LoraFormat
+from diffsynth_core.config.choices import LoraFormat, TrainedDtype
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, report
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Layout
@@ -11,6 +11,7 @@ from diffsynth_core.models.weight_store import STORES
 from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
 from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.trained import check_component, find_trained, prefix_problems
 from diffsynth_core.weights.lora_formats import LORA_FORMATS
 
@@ -27,7 +28,8 @@ class Training:
         start: file that initializes the LoRA.
         skipped_modules: modules of the kinds that receive LoRA, in blocks that the targets omit.
         lora_rule: how the modules were selected if not by suffixes, in words.
-        optimizer: name in the table of optimizers (planning/optimizers.py).
+        optimizer: name in the table of optimizers (planning/optimizers.py) and its options.
+        dtype: of weights that train in full; a LoRA is float32.
         timesteps, loss: names in the tables of training/timesteps.py and training/losses.py.
     """
 
@@ -39,7 +41,8 @@ class Training:
     skipped_modules: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     start: LoraStart | None = None
-    optimizer: str = "adamw"
+    optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
+    dtype: TrainedDtype = "float32"
     timesteps: str = "uniform"
     loss: str = "mse"
 
@@ -51,6 +54,12 @@ class Training:
     def weights(self, component: str, layout: Layout, names: Collection[str]) -> frozenset[str]:
         """Return those of a component's tensors, by module key, that are trained and saved without LoRA."""
         return frozenset(names) if component in self.full else layout.below(self.parts.get(component, ()), names)
+
+    def float32_weights(self, component: str, layout: Layout, names: Collection[str]) -> frozenset[str]:
+        """Return those that are float32 because they train: rounded to nearest in fewer bits, most steps would not move
+        them.
+        """
+        return self.weights(component, layout, names) if self.dtype == "float32" else frozenset()
 
 
 NOTHING_TRAINS = Training((), None, (), ())
@@ -74,6 +83,9 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
                 wrong_use=True,
             )
         )
+    if parameters.trained_dtype != "float32" and not parameters.trainable_models:
+        what = f"`trained_dtype` `{parameters.trained_dtype}` is about weights that train in full; a LoRA is float32"
+        report(Problem(what, "remove it", wrong_use=True))
     _check_lora_options(parameters, found.facts)
     report(*prefix_problems(parameters, found.facts))
     targets, start = LoraTargets(), None
@@ -90,6 +102,7 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
         skipped_modules=targets.skipped_modules,
         parts=parts,
         start=start,
+        dtype=parameters.trained_dtype,
     )
 
 

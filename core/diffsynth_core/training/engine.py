@@ -5,7 +5,7 @@ methods are collective: every process calls them in the same order.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.tensors import place
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, restore_state, state_of
+from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-"""Creates the optimizer of the parameters, or shards of them, that this process updates."""
+MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+"""Creates the optimizer of the parameters by name, or shards of them, that this process updates."""
 
 
 class Engine(ABC):
@@ -35,7 +36,7 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
-        """Take over a module whose weights are loaded, the trained ones in float32, and create its optimizer."""
+        """Take over a module whose weights are loaded, and create its optimizer."""
 
     @abstractmethod
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
@@ -62,8 +63,12 @@ class Engine(ABC):
         """Whether `step` itself skips non-finite gradients, as float16 scaling does."""
 
     @abstractmethod
-    def step(self, rate: float) -> bool:
-        """Update the weights at this learning rate and clear the gradients; return False if the step was skipped."""
+    def step(self, rate: float, number: int) -> bool:
+        """Update the weights at this learning rate and clear the gradients; return False if the step was skipped.
+
+        Args:
+            number: of the step in the run, from which random numbers of the update are drawn.
+        """
 
     @abstractmethod
     def state(self) -> StateTensors:
@@ -97,7 +102,7 @@ class ReplicatedEngine(Engine):
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
         self._trained: dict[str, nn.Parameter] = model.trained()
-        self._plain = make_optimizer(self._trained.values())
+        self._plain = make_optimizer(self._trained)
         self._module, self._optimizer = self._accelerator.prepare(model, self._plain)
 
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
@@ -115,7 +120,11 @@ class ReplicatedEngine(Engine):
     def gradient_norm(self) -> float:
         self._accelerator.unscale_gradients(self._optimizer)
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if any(gradient.dtype != torch.float32 for gradient in gradients):  # of bfloat16 it would be in bfloat16
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
         if self._limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._limit, norm)
         return float(norm)
@@ -124,9 +133,11 @@ class ReplicatedEngine(Engine):
     def skips_overflow(self) -> bool:
         return self._accelerator.scaler is not None
 
-    def step(self, rate: float) -> bool:
+    def step(self, rate: float, number: int) -> bool:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+            if UPDATE in group:
+                group[UPDATE] = number
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return not self._optimizer.step_was_skipped

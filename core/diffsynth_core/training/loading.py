@@ -22,14 +22,13 @@ def load_for_run(
     setup: ComponentSetup = FROZEN,
     place: Place = place,
 ) -> nn.Module:
-    """Return a component in `dtype`, or float32 where it trains, on `device`, in eval mode; see `load_planned`.
+    """Return a component in `dtype`, or float32 where it trains in that, on `device`, in eval mode; see `load_planned`.
 
     Raises:
         FaultsFound: as `load_component`.
     """
     files = plan.model.components[component]
-    # The weights that train: in fewer bits most steps would not move them.
-    float32 = plan.training.weights(component, files.layout, module_shapes(files))
+    float32 = plan.training.float32_weights(component, files.layout, module_shapes(files))
     return load_planned(
         plan.model, family, component, dtype, device, reporter, float32=float32, setup=setup, place=place
     )

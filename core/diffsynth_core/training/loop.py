@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from torch import nn
 
 from diffsynth_core.checkpoints.run_folder import (
     LOG,
@@ -29,8 +30,8 @@ from diffsynth_core.checkpoints.state import save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
 from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest
@@ -135,6 +136,14 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
     return accelerator
 
 
+def make_optimizer(plan: RunPlan, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Create the optimizer of a run for parameters by name."""
+    build = partial(plan.training.optimizer.build, plan.parameters.learning_rate)
+    if all(weight.dtype == torch.float32 for weight in trained.values()):
+        return build(trained.values())
+    return RoundedOptimizer(build, trained, plan.parameters.seed)
+
+
 def _check_identities(plan: RunPlan) -> None:
     """Check that a resumed run uses the weights it was started with."""
     record = read_record(plan.parameters.output_path)
@@ -167,7 +176,7 @@ class Run:
         self.plan, self.accelerator, self.reporter = plan, accelerator, reporter
         self.folder = plan.parameters.output_path
         self.model, self.engine = model, engine
-        engine.prepare(model, partial(OPTIMIZERS[plan.training.optimizer].build, plan.parameters))
+        engine.prepare(model, partial(make_optimizer, plan))
         self.observers = list(observers)
         self.done = self.saved = plan.output.start.first_step
         """Step of the current weights, and of the latest state on disk."""
@@ -298,7 +307,7 @@ class Run:
     def _update(self, rate: float, sample_count: int) -> None:
         """Update the weights; meanwhile they belong to no step, so `_rescue` does not save them."""
         self.updating = True
-        updated = self.engine.step(rate)
+        updated = self.engine.step(rate, self.done)
         self.done += 1
         self.samples_seen += sample_count
         self.updating = False
@@ -387,7 +396,10 @@ class Run:
             )
         # Checkpoints after the resumed state will be written again.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.output.start.first_step]
-        record.parameters, record.versions = as_plain(plan.parameters), package_versions()
+        record.parameters, record.versions = (
+            as_plain(plan.parameters),
+            package_versions(plan.training.optimizer.packages),
+        )
         record.status, record.failure, record.diverged_step = "running", None, None
         record.step, record.samples_seen, record.total_steps = (
             plan.output.start.first_step,

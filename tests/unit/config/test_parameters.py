@@ -53,6 +53,13 @@ TAKEN = [
     ("adam_betas", " 0.9 , 0.99 ", (0.9, 0.99)),
     ("adam_betas", [0.9, 0.99], (0.9, 0.99)),
     ("adam_betas", "0,0", (0.0, 0.0)),
+    ("optimizer_args", "", ""),
+    ("optimizer_args", "  fused=true  betas=0.9,0.99 ", "betas=0.9,0.99 fused=true"),
+    (
+        "optimizer_args",
+        {"fused": True, "betas": [0.9, 0.99], "eps": 1e-8, "beta3": None, "d": 2},
+        "beta3=none betas=0.9,0.99 d=2 eps=1e-08 fused=true",
+    ),
     ("caption_dropout", "0.1", 0.1),
     ("gpu_memory", " 24GB ", "24GB"),
     ("gpu_memory", "79.6 gib", "79.6 gib"),
@@ -83,6 +90,8 @@ REFUSED = [
     ),
     *(("adam_betas", value) for value in (None, [True, 0.9], [0.9], {"a": 0.9, "b": 0.99})),
     *(("caption_dropout", value) for value in (1, 1.5, -0.1, "nan", "often", True, None)),
+    *(("optimizer_args", value) for value in ("fused", "fused=", "=1", "a b=1", "a=1 a=2", "1a=1", None, 3, ["a=1"])),
+    *(("optimizer_args", value) for value in ({"a": {"b": 1}}, {"a": ""}, {1: 2}, {"a b": 1})),
     *(("gpu_memory", value) for value in ("24", 24, "", "GB", "-1GB", "24 TB", "1.GB")),
 ]
 
