@@ -89,6 +89,9 @@ def download(
 
     request = request_download(names or [], dataset, include or [], local_dir, local_model_path)
     as_json = output_format is Format.JSON
+    if not request.files and not as_json:
+        echo("Nothing to download: the model is shipped with diffsynth")
+        return 0
     if downloads_disabled() if offline is None else offline:
         return _check_offline(request, as_json)
     return (_list if dry_run else _download)(request, source, verify, as_json)

@@ -9,7 +9,7 @@ import typer
 from diffsynth_cli.options import complete_recipe
 from diffsynth_cli.printing import echo
 from diffsynth_cli.text.wrapping import help_with_examples
-from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
+from diffsynth_core.config.documents import command_line, recipe_schema, shown_values
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.config.templates import template_of
@@ -90,7 +90,7 @@ def show_recipe(
     recipe = load_recipe(name)
     stages = resolve_stages({"recipe": name})
     raise_if_any([problem for resolved in stages for problem in resolved.problems])
-    values = {resolved.stage or "": documented_values(resolved.parameters) for resolved in stages}
+    values = {resolved.stage or "": shown_values(resolved.parameters) for resolved in stages}
     if output_format is ShowFormat.FLAGS:
         for stage, parameters in values.items():
             echo(_comment(stage, recipe.stages.get(stage, "")) + command_line(parameters))

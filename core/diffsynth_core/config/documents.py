@@ -89,9 +89,15 @@ def command_line(values: Mapping[str, Any], lead: str = "diffsynth train", overr
     return " \\\n  ".join(lines)
 
 
-def documented_values(parameters: Parameters) -> dict[str, Any]:
-    """Return the plain values of the parameters that DiffSynth-Studio documents."""
-    return {name: value for name, value in as_plain(parameters).items() if SETTINGS[name].documented}
+def shown_values(parameters: Parameters) -> dict[str, Any]:
+    """Return the plain values of the parameters that DiffSynth-Studio documents, and of others that are not default.
+
+    `lora_format` is left out where `align_to_opensource_format` implies it.
+    """
+    values, defaults = as_plain(parameters), as_plain(Parameters())
+    implied = {*NOT_IN_RECIPES, *(["lora_format"] if parameters.align_to_opensource_format else [])}
+    changed = {name for name, value in values.items() if value != defaults[name]} - implied
+    return {name: value for name, value in values.items() if SETTINGS[name].documented or name in changed}
 
 
 def reference_page() -> str:

@@ -11,6 +11,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.hub.model_files import expand_entry, expand_local, split_entry
+from diffsynth_core.hub.model_folder import model_folder
 from diffsynth_core.models.recognition import component_at, recognize_component
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import FamilyFacts
@@ -173,5 +174,5 @@ def _config_of(named: str, local: bool, base: Path) -> Path | None:
     files = expand_entry(named, base) if named else []
     parts = None if local else split_entry(named)
     folders = [files[0].parent] if files else []
-    folders += [base / parts[0] / posixpath.dirname(parts[1])] if parts else []
+    folders += [model_folder(parts[0], base) / posixpath.dirname(parts[1])] if parts else []
     return next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
+from diffsynth_core.hub.model_folder import model_folder
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -42,8 +43,8 @@ class Repository:
     name: str
 
     def folder(self, base: Path) -> Path:
-        """Return the local folder of the repository: a subfolder of `base` for a model, `base` for a dataset."""
-        return base / self.name if self.kind == "model" else base
+        """Return the local folder of the repository: that of the model, usually below `base`; `base` for a dataset."""
+        return model_folder(self.name, base) if self.kind == "model" else base
 
 
 @dataclass(frozen=True)

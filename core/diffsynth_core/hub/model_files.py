@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffsynth_core.errors import Problem, list_names
 from diffsynth_core.files import GGUF_SUFFIX, PICKLED_SUFFIXES, SAFETENSORS_SUFFIXES, missing_shards, stem_of_shard
+from diffsynth_core.hub.model_folder import model_folder
 from diffsynth_core.progress import pluralize
 
 PIPELINE_INDEX = "model_index.json"
@@ -106,7 +107,7 @@ def locate(
         if paths and (parts is None or expand_local(entry)):
             file_sets += _local_sets((entry,))
         elif paths or copied:
-            home = (base / parts[0] / parts[1]).parent if parts and copied else None
+            home = (model_folder(parts[0], base) / parts[1]).parent if parts and copied else None
             file_sets.append(FileSet(entry, paths or copied, (entry,), mirror if copied else None, home))
         else:
             problems.append(_nothing_matches(entry, mirror, base, command_for))
@@ -201,7 +202,7 @@ def expand_entry(entry: str, base: Path) -> list[Path]:
     if parts is None or expand_local(entry):
         return expand_local(entry)
     model_id, pattern = parts
-    folder = base / model_id
+    folder = model_folder(model_id, base)
     return _glob(folder, pattern) if folder.is_dir() else []
 
 
@@ -235,7 +236,7 @@ def _path(text: str) -> Path:
 def locate_folder(text: str, base: Path) -> Path | None:
     """Return a folder given as a path or as `model_id:folder`; None if it does not exist."""
     parts = split_entry(text)
-    candidates = [_path(text)] + ([base / parts[0] / parts[1]] if parts else [])
+    candidates = [_path(text)] + ([model_folder(parts[0], base) / parts[1]] if parts else [])
     return next((path for path in candidates if path.is_dir()), None)
 
 

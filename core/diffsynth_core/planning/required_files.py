@@ -12,6 +12,7 @@ from diffsynth_core.errors import raise_if_any
 from diffsynth_core.hub.client import Repository
 from diffsynth_core.hub.file_requests import FileRequest, RepoFiles
 from diffsynth_core.hub.model_files import download_command, expand_local, split_entry
+from diffsynth_core.hub.model_folder import is_shipped
 from diffsynth_core.models.recognition import component_at, family_of_model
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts
@@ -54,12 +55,12 @@ def files_of_recipe(recipe: str) -> list[FileRequest]:
 
 
 def files_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[FileRequest]:
-    """Return the files of one `model_id:glob`, with the config.json in the same folder; none for a local path.
+    """Return the files of one `model_id:glob`, with the config.json in the same folder; none if they are local.
 
     If the family knows a mirror of the file, that is an alternative source.
     """
     parts = split_entry(entry)
-    if parts is None or expand_local(entry):
+    if parts is None or expand_local(entry) or is_shipped(parts[0]):
         return []
     model_id, pattern = parts
     name = pattern.rpartition("/")[2]
@@ -119,7 +120,8 @@ def _tokenizer_requests(parameters: Parameters, facts: FamilyFacts) -> Iterator[
             named = [] if Path(given).expanduser().is_dir() else [given]
         else:
             named = _named_tokenizers(parameters, facts, tokenizer)
-        if sources := [_tokenizer_files(*parts, tokenizer) for text in named if (parts := split_entry(text))]:
+        sources = [_tokenizer_files(*parts, tokenizer) for text in named if (parts := split_entry(text))]
+        if sources and not is_shipped(sources[0].repository.name):
             yield FileRequest(tuple(sources))
 
 

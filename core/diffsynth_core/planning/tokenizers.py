@@ -8,6 +8,7 @@ from typing import Any
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, report
 from diffsynth_core.hub.model_files import MissingFiles, download_command, locate_folder, split_entry
+from diffsynth_core.hub.model_folder import model_folder
 from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, UnreadableFile, read_json, read_text
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
 
@@ -64,7 +65,7 @@ def _adjacent_folders(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[
 
 def _absolute(name: str, base: Path) -> Path:
     model_id, colon, folder = name.partition(":")
-    return base / model_id / folder if colon else Path(name)
+    return model_folder(model_id, base) / folder if colon else Path(name)
 
 
 def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, rows: int | None) -> list[Problem]:
