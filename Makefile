@@ -7,11 +7,25 @@ INSTALL := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(B
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train check test-fast test test-all bench docs clean
+# One thread a process: small tensors are slower on several, and sums then depend on their number.
+ONE_THREAD := OMP_NUM_THREADS=1
+# glibc: keep freed memory instead of returning it to the system at each step.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000
+KEYHOLE := build/keyhole-$(shell date +%Y%m%d-%H%M%S)
 
-train: $(VENV)/.installed  ## install, then rehearse the Qwen-Image LoRA on the CPU
-	@echo "Rehearsing a LoRA run on tiny random weights; about half a minute on a laptop"
-	$(BIN)/diffsynth train --recipe qwen-image-lora --rehearse --device cpu
+.PHONY: train tiny-model check test-fast test test-all bench docs clean
+
+train: $(VENV)/.installed  ## install, then teach the tiny model a word on the CPU; ends with a sheet of what it draws
+	@echo "Teaching a tiny model a word that it has never seen, from twelve images; about a minute on a CPU"
+	$(BIN)/python -m tests.shapes.concept $(KEYHOLE)/images
+	$(ONE_THREAD) $(BIN)/diffsynth train --recipe shapes-lora --device cpu --dataset_base_path $(KEYHOLE)/images --output_path $(KEYHOLE)/lora
+	@echo "Each prompt without the LoRA and with it:"
+	$(ONE_THREAD) $(BIN)/diffsynth generate --recipe shapes-lora --device cpu --lora $(KEYHOLE)/lora/epoch-18.safetensors:0,1 --grid \
+	  --prompt "a red keyhole on yellow" --prompt "a white keyhole on blue" --prompt "a blue cross left of a red circle on white" \
+	  --out $(KEYHOLE)/sheet
+
+tiny-model: $(VENV)/.installed  ## build the tiny model of the recipes `shapes-*`, in under an hour on two cores
+	$(ONE_THREAD) $(KEEP_MEMORY) $(BIN)/python -m tests.shapes.build build/tiny-model-$(shell date +%Y%m%d-%H%M%S)
 
 check: $(VENV)/.installed-test  ## linters, types and import contracts
 	$(BIN)/ruff format --check .
@@ -37,6 +51,8 @@ docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schem
 	$(BIN)/python -m diffsynth_core.planning.documents docs
 	$(BIN)/python docs/make_images.py docs
 	$(BIN)/python -m docs.make_report_images docs
+	$(MAKE) train KEYHOLE=$(KEYHOLE)
+	cp $(KEYHOLE)/sheet/grid.png docs/keyhole.png
 
 $(VENV)/bin/python:
 	@echo "Making a Python environment in $(VENV)"

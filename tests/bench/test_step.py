@@ -13,6 +13,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
@@ -20,9 +21,12 @@ from diffsynth_core.training.loop import train
 from diffsynth_core.training.model import build_training_module
 from diffsynth_core.training.objective import FlowMatching
 from tests.conftest import MODEL_ID, PLACES
+from tests.shapes.datasets import scene_rows, write_dataset
+from tests.shapes.scenes import draw_scenes
 
 ROUNDS = 5
 WARM_UP = 5
+TINY_BATCH = 64
 
 
 def test_a_step_takes_at_most_1_05_of_a_bare_loop(tiny_models, photographs, tmp_path, bench):
@@ -39,10 +43,30 @@ def test_a_step_takes_at_most_1_05_of_a_bare_loop(tiny_models, photographs, tmp_
     bench.at_most("a training step / a bare PyTorch loop", statistics.median(ratios), 1.05, detail)
 
 
+def test_a_step_of_the_tiny_model_takes_at_most_1_3_of_a_bare_loop(tmp_path, bench):
+    scenes = tmp_path / "scenes"
+    write_dataset(scenes, scene_rows(draw_scenes(TINY_BATCH, seed=0)))
+    ratios = []
+    steps = bench.size(60, WARM_UP + 1)
+    for number in range(bench.rounds(ROUNDS)):
+        ours, bare = (_shapes_plan(tmp_path, scenes, f"{kind}-{number}", steps) for kind in ("run", "bare"))
+        ratios.append(_our_steps(ours) / _bare_steps(bare))
+    detail = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    bench.at_most("a step of shapes-full at batch 64 / a bare loop", statistics.median(ratios), 1.3, detail)
+
+
 def _plan(tmp_path: Path, photographs: Path, output: str, steps: int) -> RunPlan:
     flags = {
         "recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "dataset_num_workers": "0", "batch_size": "4",
         "max_steps": str(steps), "output_path": str(tmp_path / output), "use_gradient_checkpointing": False,
+    }  # fmt: skip
+    return make_plan(resolve(flags), SilentReporter(), base=tmp_path / "models")
+
+
+def _shapes_plan(tmp_path: Path, scenes: Path, output: str, steps: int) -> RunPlan:
+    flags = {
+        "recipe": "shapes-full", "dataset_base_path": str(scenes), "max_steps": str(steps), "num_epochs": str(steps),
+        "save_steps": str(steps), "output_path": str(tmp_path / output), "device": "cpu",
     }  # fmt: skip
     return make_plan(resolve(flags), SilentReporter(), base=tmp_path / "models")
 
@@ -57,17 +81,17 @@ def _our_steps(plan: RunPlan) -> float:
 
 
 def _bare_steps(plan: RunPlan) -> float:
-    """Return the median seconds of a step of the plainest loop: samples in memory, global noise, no bookkeeping."""
+    """Return the median seconds of a step of the plainest loop: one batch in memory, global noise, no bookkeeping."""
     family = load_family("qwen-image")
     plan = with_encodings(plan, SilentReporter())
     model = build_training_module(plan, family, torch.device("cpu"), SilentReporter())
     encoded = [
         {name: tensor for part in plan.encodings.encoders for name, tensor in part.cache.read(part.key(sample)).items()}
-        for sample in range(4)
+        for sample in range(plan.parameters.batch_size)
     ]
     batch = family.collate(encoded)
     parameters = list(model.trained().values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+    optimizer = OPTIMIZERS["adamw"].build(plan.parameters, parameters)
     components = dict(model.components.items())
     objective = model.objective
     assert isinstance(objective, FlowMatching)
@@ -75,7 +99,7 @@ def _bare_steps(plan: RunPlan) -> float:
     for _ in range(plan.data.steps.total_steps):
         started = time.perf_counter()
         noise = torch.randn_like(batch["latents"])
-        index = torch.randint(0, 1000, (4,))
+        index = torch.randint(0, 1000, (len(encoded),))
         sigma = objective.sigmas[index]
         spread = sigma.view(-1, 1, 1, 1, 1)
         prediction = family.predict_velocity(components, (1 - spread) * batch["latents"] + spread * noise, sigma, batch)

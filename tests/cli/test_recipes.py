@@ -6,11 +6,24 @@ import shlex
 import pytest
 import yaml
 
-from diffsynth_core.config.documents import command_line, documented_values
+from diffsynth_core.config.documents import command_line, shown_values
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_names
 from tests.documented_recipes import DEFAULTS, FAMILIES, REFERENCE, STAGED
 from tests.naming import names
+
+OWN = {
+    "shapes-full": {
+        "batch_size": 64,
+        "caption_dropout": 0.1,
+        "max_grad_norm": 1.0,
+        "adam_betas": [0.9, 0.99],
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 100,
+    },
+    "shapes-lora": {"batch_size": 24, "lr_scheduler": "cosine", "lr_warmup_steps": 20},
+}
+"""Recipes that DiffSynth-Studio does not have, and what they set that its documentation does not have either."""
 
 
 def show(cli, name: str, output_format: str) -> str:
@@ -31,7 +44,7 @@ def test_the_list_for_people(cli):
     lines = outcome.out.splitlines()
     assert (outcome.code, outcome.err) == (0, "")
     assert [line.split()[0] for line in lines] == sorted(recipe_names())
-    assert REFERENCE.keys() | STAGED.keys() == set(recipe_names())
+    assert REFERENCE.keys() | STAGED.keys() | {*OWN} == set(recipe_names())
     assert len({line.rindex("  ") for line in lines}) == 1, "the columns are not aligned"
     assert any(line.split(maxsplit=1) == ["qwen-image-lora", "LoRA on Qwen-Image"] for line in lines)
 
@@ -67,7 +80,12 @@ def test_values_of_stages_are_those_of_the_documentation(cli, name):
 def test_exactly_the_documented_names_are_shown(cli, name):
     for content in (json.loads(show(cli, name, "json")), yaml.safe_load(show(cli, name, "yaml"))):
         for part in content.get("stages", {"": content}).values():
-            assert part["parameters"].keys() == DEFAULTS.keys()
+            assert part["parameters"].keys() == DEFAULTS.keys() | OWN.get(name, {}).keys()
+
+
+@pytest.mark.parametrize(("name", "own"), OWN.items())
+def test_what_a_recipe_sets_beyond_the_documentation_is_shown(cli, name, own):
+    assert json.loads(show(cli, name, "json"))["parameters"].items() >= own.items()
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -77,7 +95,7 @@ def test_the_yaml_is_a_config_of_the_same_runs(cli, parse_stages, config, name):
     found, originals = parse_stages("--config", config(text)), parse_stages("--recipe", name)
     for resolved, original in zip(found, originals, strict=True):
         assert resolved.problems == ()
-        assert documented_values(resolved.parameters) == documented_values(original.parameters)
+        assert shown_values(resolved.parameters) == shown_values(original.parameters)
         assert (resolved.family, resolved.stage) == (original.family, original.stage)
 
 
@@ -89,7 +107,7 @@ def test_the_flags_are_command_lines_of_the_same_runs(cli, parse, parse_stages, 
     for command, original in zip(commands, originals, strict=True):
         resolved = parse(*words_of(command.partition("\n#")[0]))
         assert resolved.problems == ()
-        assert documented_values(resolved.parameters) == documented_values(original.parameters)
+        assert shown_values(resolved.parameters) == shown_values(original.parameters)
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -162,7 +180,7 @@ def test_a_config_can_extend_a_recipe(parse, config):
     assert resolved.problems == () and resolved.family == "qwen-image"
     output_path = "models/train/config"
     expected = {**DEFAULTS, **REFERENCE["qwen-image-2512-lora"], "lora_rank": 8, "output_path": output_path}
-    assert documented_values(resolved.parameters) == expected
+    assert shown_values(resolved.parameters) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 
 from diffsynth_core.config.documents import (
     command_line,
-    documented_values,
     format_value,
     recipe_schema,
     reference_page,
+    shown_values,
 )
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_names
@@ -66,8 +66,8 @@ def test_the_values_of_a_recipe_survive_the_command_line(name):
     from diffsynth_core.config.resolve import resolve_stages
 
     for resolved in resolve_stages({"recipe": name}):
-        values = documented_values(resolved.parameters)
-        assert documented_values(read_command_line(values)) == values
+        values = shown_values(resolved.parameters)
+        assert shown_values(read_command_line(values)) == values
 
 
 def test_a_command_line_is_written_for_people():
@@ -95,8 +95,8 @@ def test_values_as_one_argument(value, text):
     assert found == text or (isinstance(value, float) and float(found) == value)
 
 
-def test_the_documented_values_are_the_documented_parameters_alone():
-    assert set(documented_values(Parameters())) == {name for name, setting in SETTINGS.items() if setting.documented}
+def test_the_shown_values_are_the_documented_parameters_alone():
+    assert set(shown_values(Parameters())) == {name for name, setting in SETTINGS.items() if setting.documented}
 
 
 CHECKED_KEYWORDS = {

@@ -111,6 +111,9 @@ def test_all_stages_of_a_recipe_and_the_copies_of_pickled_files():
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_wants_its_entries_and_a_tokenizer(recipe):
     wanted = files_of_recipe(recipe)
+    if recipe.startswith("shapes-"):
+        assert wanted == [], "its model is shipped"
+        return
     assert len(wanted) == len(set(wanted))
     assert any(item.sources[-1].layouts for item in wanted)
     assert not any(".." in pattern for item in wanted for place in item.sources for pattern in place.patterns)

@@ -39,6 +39,12 @@ EDIT_PLUS = SamplingFacts(steps=40, cfg_scale=4.0, height=1024, width=1024, nega
 """Source: the model cards of Qwen/Qwen-Image-Edit-2509 and -2511."""
 
 
+SHAPES = SamplingFacts(steps=12, cfg_scale=2.5, height=64, width=64, negative_prompt="")
+"""Source: the card of diffsynth/shapes, which is shipped with the recipes."""
+
+
 def text_to_image(origin: str) -> SamplingFacts:
-    """Return the defaults of a text-to-image model by the name of the denoiser's files: all have the same shapes."""
+    """Return the defaults of a text-to-image model by the name of the denoiser's files: all have the same modules."""
+    if "diffsynth/shapes" in origin:
+        return SHAPES
     return TEXT_TO_IMAGE_2512 if re.search(r"-2512(?!\d)", origin) else TEXT_TO_IMAGE

@@ -28,7 +28,7 @@ QWEN_IMAGE = FamilyFacts(
     name="qwen-image",
     implementation="diffsynth_core.models.qwen_image.family:QwenImage",
     title="Qwen-Image",
-    model_ids=("Qwen/Qwen-Image*", "DiffSynth-Studio/Qwen-Image*", "FireRedTeam/FireRed-Image*"),
+    model_ids=("diffsynth/shapes", "Qwen/Qwen-Image*", "DiffSynth-Studio/Qwen-Image*", "FireRedTeam/FireRed-Image*"),
     components=(
         ComponentFacts(
             name="dit",

@@ -63,13 +63,14 @@ IMAGE_PROCESSOR = {
 
 @dataclass(frozen=True)
 class TinySizes:
-    """Sizes of the random components; widths in channels."""
+    """Sizes of the random components; widths in channels. `words` are those that are one token each."""
 
     blocks: int = 2
     heads: int = 2
     head_size: int = 16
     text_width: int = 64
     vae_width: int = 8
+    words: tuple[str, ...] = TEMPLATE_WORDS
 
 
 def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
@@ -81,7 +82,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     folder = base / model_id / path.parent
     folder.mkdir(parents=True, exist_ok=True)
     if component == "text_encoder":
-        write_tokenizer(folder.parent / "tokenizer", TEMPLATE_WORDS, SPECIAL_TOKENS)
+        write_tokenizer(folder.parent / "tokenizer", sizes.words, SPECIAL_TOKENS)
         write_processor(base.joinpath(*QWEN_IMAGE.tokenizers["processor_path"].default.split(":")))
     config = CONFIGS[component](sizes)
     if component == "dit" and fnmatch(model_id, ZERO_CONDITION):
@@ -109,7 +110,7 @@ def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
     heads = 4
     head_size = sizes.text_width // heads
     sections = split_even(head_size, MROPE_PROPORTION)
-    words = len(tiny_vocabulary(TEMPLATE_WORDS)[0])
+    words = len(tiny_vocabulary(sizes.words)[0])
     special = {token: words + number for number, token in enumerate(SPECIAL_TOKENS)}
     return {
         "image_token_id": special["<|image_pad|>"],

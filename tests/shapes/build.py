@@ -1,0 +1,94 @@
+"""Build the tiny model that is shipped: `python -m tests.shapes.build FOLDER`, or `make tiny-model`.
+
+Everything depends on the seeds in these scripts and on the arithmetic of the machine alone: with one thread per
+process, a second build on the same machine gives the same bytes.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from diffsynth_core.hub.model_folder import shipped_folder
+from tests.shapes.datasets import scene_rows, write_dataset
+from tests.shapes.scenes import draw_scenes
+from tests.shapes.train_vae import train_vae
+from tests.shapes.untrained import FILES, MODEL_ID, write_untrained
+
+IMAGES = 8000
+"""Images that the transformer is trained on."""
+
+
+def build(folder: Path, vae_steps: tuple[int, int], images: int, options: list[str]) -> Path:
+    """Build the model below a new folder and return its path.
+
+    Args:
+        vae_steps: of both halves of the VAE, then of the decoder alone.
+        options: for `diffsynth train`.
+    """
+    model = folder / MODEL_ID
+    with timed("text encoder, tokenizer"):
+        write_untrained(folder)
+    with timed("VAE"):
+        train_vae(*vae_steps).to(torch.bfloat16).save_pretrained(model / "vae")
+    with timed("dataset"):
+        write_dataset(folder / "dataset", scene_rows(draw_scenes(images, seed=0)))
+    with timed("transformer"):
+        train_transformer(folder, model, options)
+    return model
+
+
+def train_transformer(folder: Path, model: Path, options: list[str]) -> None:
+    """Train the transformer in place with the recipe `shapes-full`."""
+    output = folder / "training"
+    command = [sys.executable, "-m", "diffsynth_cli", "train", "--recipe", "shapes-full", "--device", "cpu"]
+    command += ["--model_paths", json.dumps([str(model / name) for name in FILES.values()])]
+    command += ["--dataset_base_path", str(folder / "dataset"), "--cache_path", str(folder / "cache")]
+    command += ["--output_path", str(output), "--save_dtype", "bfloat16", *options]
+    subprocess.run(command, check=True)
+    last = max(output.glob("epoch-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+    shutil.copyfile(last, model / FILES["dit"])
+
+
+class timed:  # noqa: N801 - a context manager that reads like a word
+    """Print how many minutes a part took."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        print(f"{self._what}: {(time.monotonic() - self._begun) / 60:.1f} minutes", flush=True)
+
+
+def compare(model: Path, shipped: Path) -> None:
+    """Print for each file whether the shipped model has the same bytes."""
+    for path in sorted(path for path in model.rglob("*") if path.is_file()):
+        other = shipped / path.relative_to(model)
+        content = path.read_bytes()
+        same = other.is_file() and other.read_bytes() == content
+        shown = f"{path.relative_to(model)}  {hashlib.sha256(content).hexdigest()[:16]}"
+        print(f"{shown}  {'as shipped' if same else 'not as shipped'}")
+
+
+def main() -> None:
+    """Build, then compare with the shipped model."""
+    parser = argparse.ArgumentParser(description="Build the tiny model that is shipped with the recipes.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder.absolute()
+    torch.set_num_threads(1)
+    model = build(folder, (4500, 4500), IMAGES, [])
+    compare(model, shipped_folder(MODEL_ID))
+    print(model)
+
+
+if __name__ == "__main__":
+    main()
