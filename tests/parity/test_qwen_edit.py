@@ -87,7 +87,7 @@ def test_one_step_is_that_of_the_pipeline(edit, caption):
     check_against_pipeline(edit, caption, FEW_PIXELS)
 
 
-@pytest.mark.parametrize("edit", ["Edit", "2509, one image"], indirect=True)
+@pytest.mark.parametrize("edit", ["Edit", pytest.param("2509, one image", marks=pytest.mark.long)], indirect=True)
 def test_one_step_is_that_of_the_pipeline_at_the_published_sizes(edit):
     check_against_pipeline(edit, CAPTIONS["plain"], PUBLISHED_PIXELS)
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from tests.outcome import Outcome
 
-SECONDS = 60.0
+SECONDS = 20
 FIRST = int(os.environ.get("DIFFSYNTH_FUZZ_FIRST", "0"))
 MODEL = "Qwen/Qwen-Image"
 TRAIN = ("train", "--recipe", "qwen-image-lora", "--device", "cpu", "--dataset_num_workers", "0", "--dry_run")

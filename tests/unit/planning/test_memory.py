@@ -160,7 +160,7 @@ def test_many_small_images_may_be_more_than_one_large_one(plan, dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["flux.1-dev-lora", "wan2.1-t2v-1.3b-lora"])
+@pytest.mark.parametrize("recipe", ["flux.1-dev-lora", pytest.param("wan2.1-t2v-1.3b-lora", marks=pytest.mark.long)])
 def test_a_change_that_saves_nothing_is_not_put_upon_others(plan, recipe):
     """Of the small Wan the text encoder is the fullest stage, once the activations are away."""
     made = plan(recipe)
