@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from diffsynth_core.config.documents import command_line, shown_values
-from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.parameters import ALIASES, SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_names
 from tests.documented_recipes import DEFAULTS, FAMILIES, REFERENCE, STAGED
 from tests.naming import names
@@ -155,7 +155,7 @@ def test_the_schema_knows_every_parameter_of_a_file(cli):
     schema = json.loads(cli("recipe", "schema").out)
     parameters = schema["properties"]["parameters"]
     assert schema["properties"].keys() == {"extends", "description", "family", "parameters", "stages"}
-    assert parameters["properties"].keys() == SETTINGS.keys() - NOT_IN_RECIPES
+    assert parameters["properties"].keys() == (SETTINGS.keys() | ALIASES.keys()) - NOT_IN_RECIPES
     assert parameters["additionalProperties"] is False and schema["additionalProperties"] is False
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, Setting, as_plain
+from diffsynth_core.config.parameters import ALIASES, GROUPS, SETTINGS, Parameters, Setting, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, RECIPE_KEYS, STAGE_KEYS, STAGE_NAME
 from diffsynth_core.files import write_json, write_text
 
@@ -20,6 +20,7 @@ def recipe_schema() -> dict[str, Any]:
         value.pop("x-setting")
         value.pop("title", None)
         _name_bounds(value)
+    parameters |= {alias: parameters[name] for alias, name in ALIASES.items() if name in parameters}
     texts: dict[str, Any] = {key: {"type": "string", "description": text} for key, text in RECIPE_KEYS.items()}
     texts["parameters"] = {
         "type": "object",
@@ -84,7 +85,7 @@ def command_line(values: Mapping[str, Any], lead: str = "diffsynth train", overr
         elif setting.type_name == "json list":
             text = value if isinstance(value, str) else json.dumps(value)  # a string as the user typed it, or a list
             lines += [f"--{name} {shlex.quote(text)}"] if value else []
-        elif value != [] or setting.default != ():
+        elif value not in ([], "") or setting.default not in ((), ""):
             lines.append(f"--{name} {shlex.quote(format_value(value))}")
     return " \\\n  ".join(lines)
 
@@ -130,10 +131,11 @@ def reference_page() -> str:
 def _reference_row(setting: Setting) -> str:
     marks = "¹" if setting.documented else ""
     kind = " \\| ".join(setting.choices) if setting.choices else setting.type_name
-    default = "" if setting.default in (None, ()) else f"`{format_value(setting.default)}`"
+    default = "" if setting.default in (None, (), "") else f"`{format_value(setting.default)}`"
     default += "".join(f"; {family}: `{format_value(value)}`" for family, value in setting.family_defaults.items())
     unit = f" ({setting.unit})" if setting.unit else ""
     families = f" Only for: {', '.join(setting.families)}." if setting.families else ""
+    families += "".join(f" Also `{alias}` ¹." for alias in setting.aliases)
     changes = setting.changes + (f" ({setting.compared.replace('_', '-')})" if setting.compared != "value" else "")
     return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} | {changes} |"
 

@@ -14,7 +14,7 @@ from diffsynth_core.config.documents import (
     reference_page,
     shown_values,
 )
-from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, as_plain
+from diffsynth_core.config.parameters import ALIASES, GROUPS, SETTINGS, Parameters, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_names
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.planning.documents import PAGE, memory_rows, page_head
@@ -226,8 +226,8 @@ def test_the_schema_takes_stages():
 
 def test_the_schema_explains_every_setting_and_nothing_else():
     properties = recipe_schema()["properties"]["parameters"]["properties"]
-    assert set(properties) == set(SETTINGS) - NOT_IN_RECIPES
-    assert all(properties[name]["description"] == SETTINGS[name].help_text for name in properties)
+    assert set(properties) == (set(SETTINGS) - NOT_IN_RECIPES) | set(ALIASES)
+    assert all(properties[name]["description"] == SETTINGS[ALIASES.get(name, name)].help_text for name in properties)
     assert recipe_schema() == recipe_schema()
 
 
