@@ -154,7 +154,9 @@ def make_plan(
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
         if task.trains:
-            for problem in dtype_problems(parameters, optimizer, mixed_precision):
+            # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
+            for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
+            for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
                 (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
         report(*(shape_faults(found) if found else []))
         steps = _step_plan(parameters, samples, world_size) if samples else None
