@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,39 +22,51 @@ from tests.shapes.scenes import draw_scenes
 from tests.shapes.train_vae import train_vae
 from tests.shapes.untrained import FILES, MODEL_ID, write_untrained
 
-IMAGES = 8000
-"""Images that the transformer is trained on."""
 
+class Amounts(NamedTuple):
+    """How much of everything.
 
-def build(folder: Path, vae_steps: tuple[int, int], images: int, options: list[str]) -> Path:
-    """Build the model below a new folder and return its path.
-
-    Args:
-        vae_steps: of both halves of the VAE, then of the decoder alone.
-        options: for `diffsynth train`.
+    Attributes:
+        vae_steps, decoder_steps: optimizer steps of both halves of the VAE, then of the decoder alone.
+        images, epochs: of the training of the transformer.
     """
+
+    vae_images: int = 6000
+    vae_steps: int = 4500
+    decoder_steps: int = 4500
+    images: int = 8000
+    epochs: int = 27
+
+
+FULL = Amounts()
+"""Those of the shipped model."""
+
+
+def build(folder: Path, amounts: Amounts = FULL) -> Path:
+    """Build the model below a new folder and return its path."""
     model = folder / MODEL_ID
     with timed("text encoder, tokenizer"):
         write_untrained(folder)
     with timed("VAE"):
-        train_vae(*vae_steps).to(torch.bfloat16).save_pretrained(model / "vae")
+        train_vae(amounts.vae_images, amounts.vae_steps, amounts.decoder_steps).to(torch.bfloat16).save_pretrained(
+            model / "vae"
+        )
     with timed("dataset"):
-        write_dataset(folder / "dataset", scene_rows(draw_scenes(images, seed=0)))
+        write_dataset(folder / "dataset", scene_rows(draw_scenes(amounts.images, seed=0)))
     with timed("transformer"):
-        train_transformer(folder, model, options)
+        train_transformer(folder, model, amounts.epochs)
     return model
 
 
-def train_transformer(folder: Path, model: Path, options: list[str]) -> None:
+def train_transformer(folder: Path, model: Path, epochs: int) -> None:
     """Train the transformer in place with the recipe `shapes-full`."""
     output = folder / "training"
     command = [sys.executable, "-m", "diffsynth_cli", "train", "--recipe", "shapes-full", "--device", "cpu"]
     command += ["--model_paths", json.dumps([str(model / name) for name in FILES.values()])]
     command += ["--dataset_base_path", str(folder / "dataset"), "--cache_path", str(folder / "cache")]
-    command += ["--output_path", str(output), "--save_dtype", "bfloat16", *options]
+    command += ["--output_path", str(output), "--save_dtype", "bfloat16", "--num_epochs", str(epochs)]
     subprocess.run(command, check=True)
-    last = max(output.glob("epoch-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
-    shutil.copyfile(last, model / FILES["dit"])
+    shutil.copyfile(output / f"epoch-{epochs - 1}.safetensors", model / FILES["dit"])
 
 
 class timed:  # noqa: N801 - a context manager that reads like a word
@@ -85,7 +98,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder.absolute()
     torch.set_num_threads(1)
-    model = build(folder, (4500, 4500), IMAGES, [])
+    model = build(folder)
     compare(model, shipped_folder(MODEL_ID))
     print(model)
 

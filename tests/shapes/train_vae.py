@@ -21,7 +21,6 @@ from tests.shapes.rendering import render
 from tests.shapes.scenes import draw_scenes
 
 CONFIG = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [], "temperal_downsample": [False, True, True]}  # fmt: skip
-IMAGES = 6000
 BATCH = 8
 RATE = 2e-3
 WARM_UP = 100
@@ -174,10 +173,10 @@ def latent_statistics(vae: AutoencoderKLQwenImage, pixels: Tensor) -> tuple[Tens
     return latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
 
 
-def train_vae(steps: int, decoder_steps: int) -> AutoencoderKLQwenImage:
-    """Return a VAE after so many optimizer steps of both halves, then of the decoder alone."""
+def train_vae(number: int, steps: int, decoder_steps: int) -> AutoencoderKLQwenImage:
+    """Return a VAE trained on so many images, with both halves for `steps`, then the decoder alone."""
     vae = new_vae(seed=0)
     with single_frames():
-        train(vae, images(IMAGES, seed=0), steps, decoder_steps, seed=0)
+        train(vae, images(number, seed=0), steps, decoder_steps, seed=0)
     spread_latents(vae, seed=0)
     return vae
