@@ -108,7 +108,8 @@ def test_a_rate_that_would_hardly_train_is_a_warning(cli, dataset, says):
                       "--device", "cpu", "--optimizer", name)  # fmt: skip
         warned = [line for line in outcome.out.splitlines() if "learning_rate" in line and line.startswith("warning")]
         assert warned == ([names("learning_rate", "0.0001", name)] if name != "adamw" else [])
-        says("\n".join(warned))
+        if warned:
+            says("\n".join(warned))
 
 
 def test_values_in_a_file(cli, dataset, config):
