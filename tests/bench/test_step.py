@@ -13,11 +13,10 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.loop import train
+from diffsynth_core.training.loop import make_optimizer, train
 from diffsynth_core.training.model import build_training_module
 from diffsynth_core.training.objective import FlowMatching
 from tests.conftest import MODEL_ID, PLACES
@@ -91,7 +90,7 @@ def _bare_steps(plan: RunPlan) -> float:
     ]
     batch = family.collate(encoded)
     parameters = list(model.trained().values())
-    optimizer = OPTIMIZERS["adamw"].build(plan.parameters, parameters)
+    optimizer = make_optimizer(plan, model.trained())
     components = dict(model.components.items())
     objective = model.objective
     assert isinstance(objective, FlowMatching)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from diffsynth_core.drawing import Drawing
 from diffsynth_core.generation.request import GenerationRequest
 from diffsynth_core.hub.model_folder import shipped_folder
+from tests.killing import TrainingRun
 from tests.shapes.concept import IMAGES, concept_rows, split_keyholes
 from tests.shapes.datasets import write_dataset
 from tests.shapes.drawing import Drawn, draw, held_out, keyholes, load_pipeline, share_right, table
@@ -212,6 +213,40 @@ def test_trained_in_two_stages_it_is_the_same_lora(dataset, lora, tmp_path):
     staged = train(encoded, tmp_path / "lora", "--task", "sft:train")
     one, other = load_file(lora), load_file(staged)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.long
+def test_killed_and_resumed_it_is_the_same_lora(dataset, lora, tmp_path):
+    flags = ["--recipe", "shapes-lora", "--device", "cpu", "--dataset_base_path", dataset, "--save_state_steps", "50"]
+    flags += ["--cache_path", dataset.parent / "cache", "--output_path", tmp_path / "lora"]
+    killed = TrainingRun([str(flag) for flag in flags], tmp_path / "models", tmp_path)
+    metrics = tmp_path / "lora" / "metrics.jsonl"
+    assert killed.wait_until(lambda: metrics.is_file() and len(metrics.read_bytes().splitlines()) > 120)
+    killed.process.kill()
+    killed.process.wait()
+    resumed = train(dataset, tmp_path / "lora", "--save_state_steps", "50", "--resume", "auto")
+    one, other = load_file(lora), load_file(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+OPTIMIZERS = {
+    "adamw8bit": 1.5e-3,
+    "adafactor": 3e-2,
+    "lion": 3e-4,
+    "muon": 1.5e-3,
+    "prodigy": 1.0,
+    "came": 1.5e-3,
+}
+"""Optimizer -> learning rate."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("optimizer", "rate"), OPTIMIZERS.items())
+def test_each_optimizer_teaches_it_the_word(dataset, tmp_path, score, optimizer, rate):
+    flags = ("--optimizer", optimizer, "--learning_rate", rate)
+    taught, kept = score(lora=train(dataset, tmp_path / "lora", *flags))
+    print(f"{optimizer}: keyholes {taught:.0%}, known scenes {kept:.0%}")
+    assert taught >= TAUGHT and kept >= KEPT
 
 
 @pytest.mark.long

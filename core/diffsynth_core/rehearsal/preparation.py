@@ -112,6 +112,7 @@ def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> d
         if all(shown.aligned for shown in variant.conditions):  # nothing is scaled to an area
             limits.pop("max_pixels", None)
     changes |= {name: limit for name, limit in limits.items() if getattr(now, name) > limit}
+    changes = {name: value for name, value in changes.items() if value != getattr(now, name)}
     if changes:
         said = ", ".join(f"`{name}` {value} (instead of {getattr(now, name)})" for name, value in changes.items())
         reporter.info(f"The rehearsal runs at a small size: {said}; pass the flag to use another")

@@ -11,6 +11,7 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError, Problem, report
 from diffsynth_core.files import make_numbered_folder
 from diffsynth_core.hub.model_files import expand_local, locate, split_entry
+from diffsynth_core.hub.model_folder import is_shipped
 from diffsynth_core.models.bases import shapes_in
 from diffsynth_core.models.recognition import component_at, family_of_model, recognize, recognize_family
 from diffsynth_core.models.registry import FAMILIES, load_family
@@ -121,7 +122,9 @@ def _swap_files(model: NamedModel, facts: FamilyFacts, substitute: str, base: Pa
 
 
 def _ensure_tiny(component: ComponentFacts, model_id: str, pattern: str, facts: FamilyFacts, base: Path) -> str:
-    """Return the entry of a tiny component, written if it does not exist yet."""
+    """Return the entry of a tiny component, written if it does not exist yet; a shipped model is used as it is."""
+    if is_shipped(model_id):
+        return f"{model_id}:{pattern}"
     marker = base / "written" / hashlib.sha256(f"{model_id}:{pattern}".encode()).hexdigest()
     if not marker.is_file():
         _write_tiny(base, component.name, model_id, pattern, facts)
