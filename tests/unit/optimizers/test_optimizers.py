@@ -169,6 +169,7 @@ def test_lion_moves_by_the_sign_of_the_average():
     assert torch.allclose(weight, expected, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_no_package_is_imported_for_the_default(run_python):
     """bitsandbytes takes as long to import as torch."""
     code = (
