@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,17 +71,12 @@ def train_transformer(folder: Path, model: Path, epochs: int) -> None:
     shutil.copyfile(output / f"epoch-{epochs - 1}.safetensors", model / FILES["dit"])
 
 
-class timed:  # noqa: N801 - a context manager that reads like a word
+@contextmanager
+def timed(what: str) -> Iterator[None]:
     """Print how many minutes a part took."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        self._begun = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        print(f"{self._what}: {(time.monotonic() - self._begun) / 60:.1f} minutes", flush=True)
+    begun = time.monotonic()
+    yield
+    print(f"{what}: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
 
 
 def compare(model: Path, shipped: Path) -> None:

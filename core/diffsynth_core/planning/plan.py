@@ -153,11 +153,7 @@ def make_plan(
         if task.encodes and not found and resolved.origin("dataset_base_path").is_given:
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
-        if task.trains:
-            # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
-            for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
-            for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
-                (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
+        _check_trained_dtype(parameters, optimizer, mixed_precision)
         report(*(shape_faults(found) if found else []))
         steps = _step_plan(parameters, samples, world_size) if samples else None
         cache = parameters.cache_path or default_cache_path()
@@ -270,6 +266,16 @@ def _choose_optimizer(resolved: Resolved, parameters: Parameters) -> OptimizerCh
     if not TASKS[parameters.task].trains:
         return OptimizerChoice()
     return choose_optimizer(parameters, resolved.origin("optimizer"), resolved.invalid)
+
+
+def _check_trained_dtype(parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str) -> None:
+    """Report why weights cannot train in the dtype that the parameters name."""
+    if not TASKS[parameters.task].trains:
+        return
+    # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
+    for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
+    for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
+        (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
 
 
 def _find_samples(
