@@ -51,7 +51,7 @@ def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
     )
     yield f"{DEVICES[config.device]} memory, estimated for {basis}: {sizes.batch} of {shown}, precision {config.precision}"
     if memory.training:
-        yield from _table(_training_parts(config, memory.training, plan.training.optimizer.spec.title))
+        yield from _table(_training_parts(config, memory.training, config.optimizer.spec.title))
     for part in memory.encoding:
         parts = "weights and largest feature maps" if part.activations else "weights"
         yield f"  {_memory(part.total)}  {part.component} while encoding, before training: {parts}"

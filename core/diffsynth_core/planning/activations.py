@@ -191,7 +191,7 @@ def _constructor_settings(plan: RunPlan, family: "Family", component: str) -> di
 
 def _part(plan: RunPlan, component: str, config: MemoryConfig) -> Any:
     """All that a component's part in a step depends on, as JSON."""
-    training = plan.training
+    training = config.training(plan)
     lora = [training.lora_modules, config.rank] if component == training.lora_component else None
     whole = component in training.full
     parts = [_identity(plan, component), lora, whole, training.parts.get(component), config.storage[component]]
@@ -224,7 +224,7 @@ def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryCon
         settings,
         frozen_dtype(config.precision),
         replace(setup, checkpointing=True),
-        plan.training.float32_weights(component, layout, shapes),
+        config.training(plan).float32_weights(component, layout, shapes),
         config.storage[component],
         blocks,
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from diffsynth_core.config.choices import COMPUTE_DTYPES
+from diffsynth_core.config.choices import COMPUTE_DTYPES, TrainedDtype
 from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
@@ -170,37 +170,37 @@ def lora_numbers(plan: RunPlan, rank: int) -> int:
 
 def trained_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
     """Shapes of all tensors that take gradients, with a LoRA of this rank."""
-    return float32_shapes(plan, rank) + rounded_shapes(plan)
+    return lora_shapes(plan, rank) + [shape for shape, _ in _full_shapes(plan, "float32")]
 
 
-def float32_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
-    """Shapes of those that train in float32."""
-    return lora_shapes(plan, rank) + [shape for shape, rounded in _full_shapes(plan) if not rounded]
+def float32_shapes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[tuple[int, ...]]:
+    """Shapes of those that train in float32, where weights train in `dtype`."""
+    return lora_shapes(plan, rank) + [shape for shape, rounded in _full_shapes(plan, dtype) if not rounded]
 
 
-def rounded_shapes(plan: RunPlan) -> list[tuple[int, ...]]:
-    """Shapes of those that train in bfloat16."""
-    return [shape for shape, rounded in _full_shapes(plan) if rounded]
+def rounded_shapes(plan: RunPlan, dtype: TrainedDtype) -> list[tuple[int, ...]]:
+    """Shapes of those that train in bfloat16, where weights train in `dtype`."""
+    return [shape for shape, rounded in _full_shapes(plan, dtype) if rounded]
 
 
-def _full_shapes(plan: RunPlan) -> Iterator[tuple[tuple[int, ...], bool]]:
+def _full_shapes(plan: RunPlan, dtype: TrainedDtype) -> Iterator[tuple[tuple[int, ...], bool]]:
     """Yield the shape of each tensor that trains without LoRA, and whether it does so in bfloat16."""
     for part, shapes in plan.model.shapes.items():
         stays_float32 = plan.model.facts.component(part).stays_float32
         for name in trainable_weights(plan, part, shapes):
-            yield shapes[name], plan.training.dtype == "bf16" and not stays_float32(name)
+            yield shapes[name], dtype == "bf16" and not stays_float32(name)
 
 
-def trained_bytes(plan: RunPlan, rank: int) -> int:
-    """Bytes of what trains, with a LoRA of this rank; its gradients take as much."""
-    numbers = [sum(map(math.prod, shapes)) for shapes in (float32_shapes(plan, rank), rounded_shapes(plan))]
-    return numbers[0] * BYTES["float32"] + numbers[1] * BYTES["bfloat16"]
+def trained_tensor_bytes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[int]:
+    """Bytes of each tensor that trains, where weights train in `dtype`; its gradient takes as much."""
+    sizes = {"float32": float32_shapes(plan, rank, dtype), "bfloat16": rounded_shapes(plan, dtype)}
+    return [math.prod(shape) * BYTES[kept] for kept, shapes in sizes.items() for shape in shapes]
 
 
 def update_bytes(plan: RunPlan, config: MemoryConfig) -> int:
     """Bytes that the step works with: for all float32 tensors, and then for the largest of the others."""
-    optimizer, rounded = plan.training.optimizer, rounded_shapes(plan)
-    at_once = optimizer.update_bytes(float32_shapes(plan, config.rank), config.device)
+    rounded = rounded_shapes(plan, config.trained_dtype)
+    at_once = config.optimizer.update_bytes(float32_shapes(plan, config.rank, config.trained_dtype), config.device)
     return max(at_once, ROUNDING_BYTES * max(map(math.prod, rounded), default=0))
 
 
@@ -217,7 +217,10 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         *plan.training.components,
     } & plan.model.components.keys()
     adapters, shapes = lora_numbers(plan, config.rank), trained_shapes(plan, config.rank)
-    optimizer, activations = plan.training.optimizer, step_activations(plan, config)
+    activations, gradients = (
+        step_activations(plan, config),
+        trained_tensor_bytes(plan, config.rank, config.trained_dtype),
+    )
     kept = activations.checkpointed if config.recompute else activations.stored
     kept *= max((sample.sampling.steps for sample in plan.data.samples.samples if sample.sampling), default=1)
     on_host = kept if config.offload and config.device != "cpu" else 0
@@ -229,8 +232,8 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     return TrainingMemory(
         weights={name: weight_bytes(plan, name, config) for name in sorted(names)},
         adapters=adapters * BYTES["float32"],
-        gradients=trained_bytes(plan, config.rank),
-        optimizer=optimizer.state_bytes(shapes),
+        gradients=max(gradients, default=0) if config.fused_backward else sum(gradients),
+        optimizer=0 if config.optimizer_on_host else config.optimizer.state_bytes(shapes),
         activations=kept - on_host + (0 if casts else block),
         autocast_weights=casts,
         on_host=on_host,
@@ -242,7 +245,9 @@ def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     """Bytes of a component's weights: float32 where they train, else as the run keeps them."""
     shapes = plan.model.shapes.get(component, {})
     files = plan.model.components.get(component)
-    trained = plan.training.float32_weights(component, files.layout, shapes) if files and shapes else frozenset()
+    trained = (
+        config.training(plan).float32_weights(component, files.layout, shapes) if files and shapes else frozenset()
+    )
     return frozen_bytes(plan, component, config.precision, config.storage.get(component, "plain"), trained)
 
 
@@ -289,6 +294,8 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
         parts["weights in transfer to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
+    if memory.training and config.optimizer_on_host:
+        parts["optimizer state"] = config.optimizer.state_bytes(trained_shapes(plan, config.rank))
     if parameters.dataset_num_workers and plan.data.samples.samples:
         sample = encoded.bytes_in(config.precision) // len(plan.data.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample
@@ -308,7 +315,8 @@ def state_bytes(plan: RunPlan) -> int:
     if not plan.task.trains:
         return 0
     rank = plan.parameters.lora_rank
-    return trained_bytes(plan, rank) + plan.training.optimizer.state_bytes(trained_shapes(plan, rank))
+    weights = trained_tensor_bytes(plan, rank, plan.training.dtype)
+    return sum(weights) + plan.training.optimizer.state_bytes(trained_shapes(plan, rank))
 
 
 def most_states(plan: RunPlan, keep: int) -> int:

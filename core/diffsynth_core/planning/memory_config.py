@@ -1,19 +1,29 @@
 """What of a run its memory depends on. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from diffsynth_core.config.choices import TrainedDtype
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.plan import Machine, RunPlan
+from diffsynth_core.planning.targets import Training
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """What of a run its memory depends on, and what may be chosen otherwise.
 
-    `device`: cuda, which stands for all accelerators, or cpu.
-    `rank`: that of the LoRA. `storage`: component -> its weight store (models/weight_store.py).
+    Attributes:
+        device: cuda, which stands for all accelerators, or cpu.
+        rank: of the LoRA.
+        recompute, offload: of activations (gradient checkpointing), and whether the inputs of blocks wait on the host.
+        storage: component -> its weight store (models/weight_store.py).
+        trained_dtype: of weights that train in full.
+        fused_backward: each weight is updated as soon as its gradient is there, and the gradient freed.
+        blocks_to_swap: blocks of the denoiser that wait on the host.
+        optimizer_on_host: whether the optimizer's state is kept there.
     """
 
     device: str
@@ -23,6 +33,15 @@ class MemoryConfig:
     offload: bool
     storage: Mapping[str, str]
     sizes: StepSizes
+    optimizer: OptimizerChoice
+    trained_dtype: TrainedDtype = "float32"
+    fused_backward: bool = False
+    blocks_to_swap: int = 0
+    optimizer_on_host: bool = False
+
+    def training(self, plan: RunPlan) -> Training:
+        """What a plan trains, with this optimizer and this dtype."""
+        return replace(plan.training, optimizer=self.optimizer, dtype=self.trained_dtype)
 
 
 def device_and_precision(parameters: Parameters, machine: Machine) -> tuple[str, str]:
@@ -38,6 +57,14 @@ def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
     parameters = plan.parameters
     device, precision = device_and_precision(parameters, plan.machine)
     offload = parameters.use_gradient_checkpointing_offload
-    storage = {name: files.storage for name, files in plan.model.components.items()}
-    recompute = parameters.use_gradient_checkpointing or offload
-    return MemoryConfig(device, precision, parameters.lora_rank, recompute, offload, storage, sizes)
+    return MemoryConfig(
+        device=device,
+        precision=precision,
+        rank=parameters.lora_rank,
+        recompute=parameters.use_gradient_checkpointing or offload,
+        offload=offload,
+        storage={name: files.storage for name, files in plan.model.components.items()},
+        sizes=sizes,
+        optimizer=plan.training.optimizer,
+        trained_dtype=plan.training.dtype,
+    )
