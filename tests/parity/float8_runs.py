@@ -85,12 +85,10 @@ def round_weights(plan: RunPlan, component: str, module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes saved for the backward pass, each storage once: frozen weights (`float8`: those in 8-bit floats),
-    others.
-    """
+    """Bytes saved for the backward pass, each storage once: frozen weights (`stored`: those kept as bytes), others."""
 
     weights: int
-    float8: int
+    stored: int
     others: int
 
 
@@ -106,10 +104,10 @@ def counting_saved(run: Callable[[], object]) -> Kept:
         run()
     frozen = [tensor for tensor in kept.values() if _is_frozen_weight(tensor)]
     narrow = [tensor for tensor in frozen if tensor.dtype == torch.uint8]
-    everything, weights, float8 = (
+    everything, weights, stored = (
         sum(tensor.untyped_storage().nbytes() for tensor in group) for group in (kept.values(), frozen, narrow)
     )
-    return Kept(weights, float8, everything - weights)
+    return Kept(weights, stored, everything - weights)
 
 
 def _is_frozen_weight(tensor: Tensor) -> bool:

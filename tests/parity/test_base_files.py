@@ -283,7 +283,7 @@ def test_the_vae_of_qwen_image_in_the_names_of_wan(stored, base, tmp_path):
 
 def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(stored, tmp_path):
     """Nothing is rounded again: a layer computes with stored value x scale."""
-    from diffsynth_core.adapters.float8 import Float8Linear
+    from diffsynth_core.adapters.stored import StoredLinear
 
     for shape in ("scalar", "row", "blocks"):
         written, weights = quantized(stored("flux")["dit"], "weight_scale", SCALES[shape])
@@ -297,7 +297,7 @@ def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(
             load_family("flux"), found.components["dit"], torch.bfloat16, torch.device("cpu"), SilentReporter()
         )
         wanted = expected("flux", weights)
-        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Float8Linear)}
+        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, StoredLinear)}
         assert "transformer_blocks.0.attn.to_k" in layers
         for name, layer in layers.items():
             exact = wanted[f"{name}.weight"]

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from diffsynth_core.adapters.stored import WeightFormat
+
 
 class WeightStore:
     """Keeps every weight as it is in its layer: in float32 where it trains, else in the dtype of the run.
@@ -46,35 +48,39 @@ class WeightStore:
         return False
 
 
-class Float8Store(WeightStore):
-    """Keeps the weights of linear layers in blocks in 8-bit floats (adapters/float8.py)."""
+class FormatStore(WeightStore):
+    """Keeps the weights of linear layers in blocks in a format (adapters/formats.py)."""
 
-    bytes_per_weight = 1.0
-    trains = False  # they are so coarse that most steps would not change them
-    rejects = "outside ±448, the fp8 range"
+    trains = False  # formats are so coarse that most steps would not change a weight
+
+    def __init__(self, format: str, bytes_per_weight: float, rejects: str) -> None:
+        self._name, self.bytes_per_weight, self.rejects = format, bytes_per_weight, rejects
+
+    @property
+    def _format(self) -> "WeightFormat":
+        from diffsynth_core.adapters.formats import FORMATS
+
+        return FORMATS[self._name]
 
     def layers(self, module: "nn.Module") -> frozenset[str]:
-        from diffsynth_core.adapters.float8 import float8_layers
+        from diffsynth_core.adapters.stored import layers_in_blocks
 
-        return float8_layers(module)
+        return layers_in_blocks(module)
 
     def empty_layer(self, layer: "nn.Linear", dtype: "torch.dtype") -> "nn.Linear":
-        from diffsynth_core.adapters.float8 import Float8Linear
+        from diffsynth_core.adapters.stored import StoredLinear
 
-        return Float8Linear(layer, layer.weight, dtype)
+        return StoredLinear(layer, self._format, dtype)
 
     def pack(self, weight: "Tensor", scale: "Tensor | None" = None) -> "Mapping[str, Tensor] | None":
-        from diffsynth_core.adapters.float8 import fits, to_bytes
-
-        if scale is not None:
-            return {"stored": to_bytes(weight), "scale": scale.clone()}
-        return {"stored": to_bytes(weight)} if fits(weight) else None
+        return self._format.pack(weight, scale)
 
     def keeps_scale(self, stored: "torch.dtype") -> bool:
-        from diffsynth_core.adapters.float8 import FLOAT8
-
-        return stored == FLOAT8
+        return self._format.keeps_scale(stored)
 
 
-STORES: dict[str, WeightStore] = {"plain": WeightStore(), "float8": Float8Store()}
+STORES: dict[str, WeightStore] = {
+    "plain": WeightStore(),
+    "float8": FormatStore("float8", bytes_per_weight=1.0, rejects="outside ±448, the fp8 range"),
+}
 """Name -> weight store."""

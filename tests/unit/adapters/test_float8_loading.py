@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.adapters.float8 import Float8Linear
+from diffsynth_core.adapters.stored import StoredLinear
 from diffsynth_core.models import loading
 from diffsynth_core.models.loading import build_empty, load_component, shape_problems, stored_dtypes
 from diffsynth_core.models.recognition import recognize
@@ -64,7 +64,7 @@ def rewritten(files, tmp_path):
 def test_weights_of_the_kind_are_rounded_once_and_all_others_are_as_ever(family, files, dtype):
     narrow = load_component(family, files, dtype, CPU, SilentReporter())
     wide = load_component(family, replace(files, storage="plain"), dtype, CPU, SilentReporter())
-    stored = {name for name, module in narrow.named_modules() if isinstance(module, Float8Linear)}
+    stored = {name for name, module in narrow.named_modules() if isinstance(module, StoredLinear)}
     assert LAYER in stored and "transformer_blocks.0.img_mod.1" in stored
     assert stored.isdisjoint({"img_in", "txt_in", "proj_out", "norm_out.linear"})
     for name, module in wide.named_modules():
@@ -80,7 +80,7 @@ def test_half_the_bytes_of_bfloat16(family, files):
     sizes = []
     for each in (files, replace(files, storage="plain")):
         module = load_component(family, each, torch.bfloat16, CPU, SilentReporter())
-        layers = [layer for layer in module.modules() if type(layer) in (Float8Linear, torch.nn.Linear)]
+        layers = [layer for layer in module.modules() if type(layer) in (StoredLinear, torch.nn.Linear)]
         kept = {id(layer): getattr(layer, "stored", None) for layer in layers}
         sizes.append(sum(p.nbytes for p in module.parameters()))
         if each.storage == "float8":
@@ -94,7 +94,7 @@ def test_no_weight_of_the_kind_is_ever_placed_wide(family, files, monkeypatch):
 
     def watching(part):
         for weight in iterate_weights(part):
-            stored = [layer.stored for layer in built[0].modules() if isinstance(layer, Float8Linear)]
+            stored = [layer.stored for layer in built[0].modules() if isinstance(layer, StoredLinear)]
             filled = [each for each in built[0].parameters() if each.device.type == "cpu"]
             wide_so_far.append(sum(each.nbytes for each in filled) - sum(each.nbytes for each in stored))
             yield weight
@@ -112,8 +112,8 @@ def test_a_weight_beyond_the_range_stays_wide_and_is_told(family, rewritten):
     recorder = Told()
     module = load_component(family, files, torch.bfloat16, CPU, recorder)
     layer = module.get_submodule(LAYER)
-    assert not isinstance(layer, Float8Linear) and torch.isfinite(layer.weight).all()
-    assert isinstance(module.get_submodule("transformer_blocks.0.attn.to_k"), Float8Linear)
+    assert not isinstance(layer, StoredLinear) and torch.isfinite(layer.weight).all()
+    assert isinstance(module.get_submodule("transformer_blocks.0.attn.to_k"), StoredLinear)
     assert recorder.lines == [f"dit: 1 weight outside ±448, the fp8 range, kept in bfloat16: `{LAYER}.weight`"]
 
 
@@ -132,7 +132,7 @@ def test_files_in_8_bit_floats_are_read_into_either(family, rewritten, narrow):
     stored = load_component(family, files, torch.bfloat16, CPU, SilentReporter())
     assert torch.equal(wide.get_submodule(LAYER).weight, values.bfloat16())
     assert {parameter.dtype for parameter in wide.parameters()} == {torch.bfloat16}
-    assert isinstance(stored.get_submodule(LAYER), Float8Linear)
+    assert isinstance(stored.get_submodule(LAYER), StoredLinear)
     assert torch.equal(stored.get_submodule(LAYER).weight.float(), values.to(FLOAT8).float())
 
 
@@ -145,7 +145,7 @@ def test_training_such_a_file_in_full_does_not_write_8_bit_floats(rewritten):
 def test_a_tied_table_stays(family, tiny_models):
     files = files_of(tuple(sorted((tiny_models / MODEL_ID).glob(PLACES["text_encoder"]))), "text_encoder")
     module = load_component(family, files, torch.bfloat16, CPU, SilentReporter())
-    assert isinstance(module.model.language_model.layers[0].self_attn.q_proj, Float8Linear)
+    assert isinstance(module.model.language_model.layers[0].self_attn.q_proj, StoredLinear)
     assert type(module.lm_head) is torch.nn.Linear
     assert module.model.language_model.embed_tokens.weight.dtype == torch.bfloat16
     assert module.dtype == torch.bfloat16
