@@ -68,11 +68,11 @@ def total_line(plan: "FilePlan", dry_run: bool) -> str:
 
 def files_table(plan: "FilePlan") -> str:
     """One line per file: its path, number of tensors and size."""
-    tensors = {file.path: file for file in plan.files}
+    from diffsynth_core.weights.weight_writer import OutputFile
+
     rows = []
     for output in plan.outputs:
-        file = tensors.get(output.path)
-        what = pluralize(len(file.tensors), "tensor") if file else "index"
+        what = pluralize(len(output.tensors), "tensor") if isinstance(output, OutputFile) else output.kind
         rows.append((printable(str(output.path)), what, format_bytes(plan.sizes[output.path])))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows)
@@ -80,13 +80,14 @@ def files_table(plan: "FilePlan") -> str:
 
 def describe_files(plan: "FilePlan") -> list[dict[str, Any]]:
     """The files of a plan, for JSON output."""
-    tensors = {file.path: file for file in plan.files}
+    from diffsynth_core.weights.weight_writer import OutputFile
+
     files = []
     for output in plan.outputs:
-        file = tensors.get(output.path)
-        facts = {"tensors": len(file.tensors), "metadata": dict(file.metadata)} if file else {}
-        kind = "weights" if file else "index"
-        files.append({"path": str(output.path), "kind": kind, "bytes": plan.sizes[output.path], **facts})
+        file: dict[str, Any] = {"path": str(output.path), "kind": output.kind, "bytes": plan.sizes[output.path]}
+        if isinstance(output, OutputFile):
+            file |= {"tensors": len(output.tensors), "metadata": dict(output.metadata)}
+        files.append(file)
     return files
 
 

@@ -5,9 +5,13 @@ from typing import Literal
 
 LoraFormat = Literal["diffsynth", "diffusers", "comfyui", "kohya"]
 """Key formats of LoRA files, by the program that defines them."""
-LayoutName = Literal["documented", "diffusers", "original"]
-"""Key names of full weights: those of DiffSynth-Studio's modules, of diffusers' and transformers' modules, or of the
-files that the makers of a model publish."""
+LayoutName = Literal["documented", "diffusers", "original", "comfyui"]
+"""Key names of full weights: those of DiffSynth-Studio's modules, of diffusers' and transformers' modules, of the files
+that the makers of a model publish, or of those that ComfyUI reads."""
+SplitLayout = Literal["documented", "diffusers", "original", "comfyui", "pretrained"]
+"""What `split-ckpt` writes a component as: a file in a layout, or a folder that `from_pretrained` opens."""
+SplitDtype = Literal["float32", "bfloat16", "float16", "fp8_scaled"]
+"""Dtypes of full weights that `split-ckpt` writes; `fp8_scaled`: layers of blocks in 8-bit floats, with scales."""
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of weights and of the computation."""
 

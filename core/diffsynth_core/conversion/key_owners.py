@@ -55,7 +55,7 @@ def read_origin(weights: WeightSet, family: str | None = None, default_component
     if default_component is not None and default_component not in component_names():
         known = ", ".join(sorted(component_names()))
         raise FaultsFound([Problem(f"unknown component `{default_component}`", f"known: {known}", wrong_use=True)])
-    record = None if weights.metadata_value("removed_prefix") is not None else _record_of(weights)
+    record = None if weights.metadata_value("removed_prefix") is not None else record_of(weights)
     parameters = record.parameters if record else {}
     recorded = weights.metadata_value("family") or (record.family if record else None)
     if recorded in FAMILIES and family not in (None, recorded):
@@ -74,7 +74,7 @@ def read_origin(weights: WeightSet, family: str | None = None, default_component
     )
 
 
-def _record_of(weights: WeightSet) -> RunRecord | None:
+def record_of(weights: WeightSet) -> RunRecord | None:
     """Return the record of the run that wrote a checkpoint, if it is in the same folder and lists it."""
     folder = weights.files[0].parent
     try:

@@ -19,8 +19,8 @@ from diffsynth_core.weights.weight_sets import ENDING
 from diffsynth_core.weights.weight_writer import (
     Output,
     OutputFile,
-    OutputIndex,
     OutputTensor,
+    OutputText,
     Pieces,
     aligned,
     make_index,
@@ -192,11 +192,11 @@ def _with_provenance(plan: MergePlan, file: OutputFile, late: Callable[[], Mappi
     )
 
 
-def _index(plan: MergePlan, files: Sequence[OutputFile]) -> OutputIndex:
+def _index(plan: MergePlan, files: Sequence[OutputFile]) -> OutputText:
     """Return the index of the base, unchanged if dtypes and thus sizes are."""
     weights = plan.base.weights
     assert weights.index
     place = plan.output / weights.index.name
     if plan.dtype is None:
-        return OutputIndex(place, weights.index.read_text(encoding="utf-8"))
+        return OutputText(place, weights.index.read_text(encoding="utf-8"))
     return make_index(place, files, weights.index_metadata)

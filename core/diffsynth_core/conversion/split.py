@@ -1,13 +1,14 @@
 """Splitting of checkpoints by component, or by size alone: a plan from headers. No torch."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.config.choices import LayoutName, LoraFormat
+from diffsynth_core.config.choices import LoraFormat
+from diffsynth_core.conversion.full_weights import Part, SplitChoices, common_prefix, counted, full_parts
 from diffsynth_core.conversion.key_owners import (
     KeyOwners,
     find_owners,
@@ -17,50 +18,19 @@ from diffsynth_core.conversion.key_owners import (
 )
 from diffsynth_core.conversion.lora_source import open_lora
 from diffsynth_core.conversion.lora_tensors import write_lora
-from diffsynth_core.conversion.plans import FilePlan
-from diffsynth_core.conversion.row_spans import RowSpans, row_spans
-from diffsynth_core.conversion.translation import Translated, find_reading, translate
-from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
+from diffsynth_core.conversion.plans import DEFAULT_SHARD_SIZE, FilePlan
+from diffsynth_core.conversion.row_spans import row_spans
+from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any
 from diffsynth_core.files import stem_of_shard
-from diffsynth_core.models.recognition import facts_of, family_of_components
+from diffsynth_core.models.recognition import family_of_components
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet
-from diffsynth_core.weights.weight_writer import Output, OutputTensor, plan_shards
+from diffsynth_core.weights.weight_writer import Output, OutputText, plan_shards
 
 LORA_ENDING = ".lora"
 """Part of the file name of a component's LoRA."""
 TAKEN_FROM = "taken_from"
 """Metadata key under which a part records what it was in the checkpoint, so that parts can be joined again."""
-
-
-@dataclass(frozen=True)
-class SplitChoices:
-    """The user's choices.
-
-    Attributes:
-        layout: layout of full weights; None: unchanged.
-        lora_format: format of LoRAs; None: unchanged.
-        max_shard_bytes: maximum bytes of tensors in one file; None: unlimited.
-    """
-
-    default_component: str | None = None
-    family: str | None = None
-    layout: LayoutName | None = None
-    lora_format: LoraFormat | None = None
-    max_shard_bytes: int | None = None
-    allow_unmatched: bool = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """The content of one output: the full weights or the LoRA of a component, by name."""
-
-    component: str
-    stem: str
-    tensors: tuple[OutputTensor, ...]
-    prefix: str | None
-    """Prefix of its names in the checkpoint; None if they differ otherwise."""
 
 
 def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FilePlan:
@@ -76,23 +46,20 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
     raise_if_any(_without_effect(weights, owners, choices))
     family = origin.family or family_of_components(owners.full)
     raise_if_any(misnamed(owners.full, family))
-    parts, problems, notes = _full_parts(weights, owners, family, choices)
-    raise_if_any(problems)
-    parts += [
+    full, notes = full_parts(weights, owners, family, choices)
+    parts = full + [
         _lora_part(weights, component, names, family, choices.lora_format) for component, names in owners.lora.items()
     ]
     if owners.unmatched:
-        notes.append(f"skipped, not part of any component: {_counted(owners.unmatched)}")
+        notes.append(f"skipped, not part of any component: {counted(owners.unmatched)}")
     outputs: list[Output] = []
     for part in sorted(parts, key=lambda part: part.stem):
-        files, indexes = plan_shards(
-            folder,
-            part.stem,
-            part.tensors,
-            _metadata(weights, part, family, choices),
-            choices.max_shard_bytes,
-        )
+        place = folder / part.stem
+        shard_bytes = DEFAULT_SHARD_SIZE if part.config and not choices.max_shard_bytes else choices.max_shard_bytes
+        metadata = _metadata(weights, part, family, choices)
+        files, indexes = plan_shards(place.parent, place.name, part.tensors, metadata, shard_bytes)
         outputs += [*files, *indexes]
+        outputs += [OutputText(place.parent / "config.json", part.config)] if part.config else []
     return FilePlan(tuple(outputs), weights.inputs, tuple(notes))
 
 
@@ -100,6 +67,7 @@ def _without_effect(weights: WeightSet, owners: KeyOwners, choices: SplitChoices
     """Return problems of options for full weights, or for LoRAs, that the checkpoint does not contain."""
     asked = (
         ("layout", choices.layout, "full weights", owners.full, "rename a LoRA with `--lora_format`"),
+        ("dtype", choices.dtype, "full weights", owners.full, "remove `--dtype`"),
         ("lora_format", choices.lora_format, "LoRAs", owners.lora, "rename full weights with `--layout`"),
     )
     return [
@@ -132,39 +100,6 @@ def common_metadata(sets: Sequence[WeightSet]) -> dict[str, str]:
     return {key: values.pop() for key, values in found.items() if len(values) == 1}
 
 
-def _tensors(weights: WeightSet, names: Mapping[str, str]) -> dict[str, RowSpans]:
-    """Return tensors by their names in the component."""
-    return {name: row_spans(weights, key) for name, key in names.items()}
-
-
-def _prefix(names: Mapping[str, str]) -> str | None:
-    """Return the common prefix of the keys before their names in the component; None if they differ."""
-    prefixes = {key.removesuffix(name) if key.endswith(name) else None for name, key in names.items()}
-    return prefixes.pop() if len(prefixes) == 1 else None
-
-
-def _full_parts(
-    weights: WeightSet, owners: KeyOwners, family: FamilyFacts | None, choices: SplitChoices
-) -> tuple[list[Part], list[Problem], list[str]]:
-    """Return the full weights of each component, in the requested layout."""
-    parts, problems, notes = [], [], []
-    for component, names in owners.full.items():
-        tensors, prefix = _tensors(weights, names), _prefix(names)
-        if choices.layout:
-            translated = _translate(component, tensors, family, choices.layout)
-            if isinstance(translated, Problem):
-                problems.append(translated)
-                continue
-            prefix = prefix if list(translated.tensors) == list(tensors) else None
-            tensors = dict(translated.tensors)
-            problems += _translation_problems(component, translated, choices)
-            notes += _translation_notes(component, translated)
-        if tensors:
-            outputs = tuple(tensor.output(name) for name, tensor in tensors.items())
-            parts.append(Part(component, component, outputs, prefix))
-    return parts, problems, notes
-
-
 def _lora_part(
     weights: WeightSet,
     component: str,
@@ -183,7 +118,7 @@ def _lora_part(
             component,
             stem,
             tuple(row_spans(weights, key).output(name) for name, key in names.items()),
-            _prefix(names),
+            common_prefix(names),
         )
     path, *others = {weights.tensors[key].path for key in names.values()}
     if others:
@@ -202,50 +137,6 @@ def _lora_part(
     modules = source.lora.in_vocabulary(source.naming.vocabulary(lora_format))
     tensors = (write_lora(module, lora, lora_format).tensors for module, lora in modules.items())
     return Part(component, stem, tuple(chain.from_iterable(tensors)), None)
-
-
-def _translate(
-    component: str, tensors: Mapping[str, RowSpans], family: FamilyFacts | None, layout_name: LayoutName
-) -> Translated | Problem:
-    facts = facts_of(component, family)
-    if facts is None:
-        of = f"of {family.title}" if family else "of an unknown family"
-        return Problem(
-            f"`--layout {layout_name}` is not available for the component `{component}` {of}",
-            "remove `--layout`" if family else "pass `--family`",
-        )
-    reading, layout = find_reading(facts, tensors)
-    writing = facts.names_in(layout_name, layout)
-    if family and writing is None:
-        return Problem(
-            f"the original names of the component `{component}` of {family.title} are not known",
-            "remove `--layout`, or choose another",
-        )
-    assert writing is not None
-    return translate(tensors, reading, writing)
-
-
-def _translation_problems(component: str, translated: Translated, choices: SplitChoices) -> Iterator[Problem]:
-    faults = {
-        f"without a name in the layout `{choices.layout}`": () if choices.allow_unmatched else translated.unknown,
-        f"with shapes or dtypes that do not fit the layout `{choices.layout}`": translated.misshapen,
-    }
-    for what, names in faults.items():
-        if names:
-            yield Problem(
-                f"{pluralize(len(names), 'tensor')} of `{component}` {what}: {list_names(names)}", "remove `--layout`"
-            )
-    if not translated.tensors:
-        yield Problem(f"no tensor of `{component}` has a name in the layout `{choices.layout}`", "remove `--layout`")
-
-
-def _translation_notes(component: str, translated: Translated) -> list[str]:
-    left = {"without a name in the layout": translated.unknown, "aliases of other tensors": translated.unneeded}
-    return [f"skipped in {component}, {what}: {_counted(names)}" for what, names in left.items() if names]
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{pluralize(len(names), 'tensor')}, {list_names(names)}"
 
 
 def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, choices: SplitChoices) -> dict[str, str]:

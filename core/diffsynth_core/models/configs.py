@@ -7,12 +7,14 @@ tensors could reject it.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, truncate
-from diffsynth_core.json_files import read_json
-from diffsynth_core.models.spec import Shapes
+from diffsynth_core.json_files import UnreadableFile, read_json
+from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Shapes
 
 FETCH = "download the file again"
 """Hint for an unreadable file."""
@@ -46,6 +48,19 @@ def read_config(path: Path, shapes: Shapes) -> dict[str, Any]:
         if limit is not None and abs(value) > limit:
             what = f"`{path}`: `{key_path}` is {truncate(str(value), 20)}, expected at most {limit}"
             raise DiffSynthError(what, "put the config.json of these files next to them")
+    return config
+
+
+def config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) -> Path | None:
+    """Return the config.json in the folder of the weights, unless it belongs to another component."""
+    config = path.parent / "config.json"
+    if not config.exists():
+        return None
+    others = [name for other in facts.components if other is not component for name in other.config_classes]
+    with suppress(UnreadableFile):  # its faults are reported when the component is built
+        class_name = str(read_json(config, dict[str, Any], "").get("_class_name"))
+        if any(fnmatch(class_name, pattern) for pattern in others):
+            return None
     return config
 
 

@@ -11,7 +11,7 @@ from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_
 from diffsynth_core.models.bases import part_of, shapes_in
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup, prepare_component
-from diffsynth_core.models.spec import ComponentFacts, ComponentFiles
+from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Shapes
 from diffsynth_core.models.weight_store import STORES, WeightStore
 from diffsynth_core.progress import Reporter, format_bytes, pluralize
 from diffsynth_core.weights.tensors import dequantize, iterate_weights
@@ -22,8 +22,11 @@ def module_shapes(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
     return shapes_in(part_of(files), files.layout)
 
 
-def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
+def build_empty(family: Family, files: ComponentFiles, shapes: Shapes | None = None) -> nn.Module:
     """Build a component's module with parameters on the meta device and computed buffers (such as rotary tables).
+
+    Args:
+        shapes: of its tensors, by module key; None: those of the files.
 
     Raises:
         DiffSynthError: if the configuration is unknown or cannot be built.
@@ -31,7 +34,7 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    config = family.config_of(files, module_shapes(files)) | dict(files.settings)
+    config = family.config_of(files, module_shapes(files) if shapes is None else shapes) | dict(files.settings)
     # Initialization has no effect on the meta device, but takes half of the time.
     with init_empty_weights(include_buffers=False), no_init_weights():
         module = family.build(files.component, config)

@@ -1,6 +1,6 @@
 """What tensor names and shapes determine about an architecture, and rules for the rest. No torch."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from diffsynth_core.models.spec import Shapes
 
@@ -22,9 +22,14 @@ def count_blocks(shapes: Collection[str], prefix: str) -> int:
 
 
 def layers_of_blocks(shapes: Shapes) -> list[str]:
-    """Return the names of the linear layers in numbered blocks."""
-    matrices = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
-    return [name.removesuffix(".weight") for name in matrices if any(map(str.isdecimal, name.split(".")[:-2]))]
+    """Return the names of the linear layers in numbered blocks; the matrices of T5's position bias are embeddings."""
+    matrices = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)]
+    in_blocks = (name for name in matrices if any(map(str.isdecimal, name.split(".")[:-1])))
+    return [name for name in in_blocks if not name.endswith("relative_attention_bias")]
+
+
+def _is_matrix(name: str, shape: Sequence[int]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
 
 
 def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -99,6 +99,9 @@ class ComponentFacts:
         settings: constructor option that the parameter of the same name overrides -> extra inputs that it requires.
         parts: documented component names of what is a part of this component here -> name of the part.
         inputs: extra inputs without which its files have no effect; empty: they always have one.
+        comfyui: for the `comfyui` layout, if its keys are not the original ones: map to module keys; None: ComfyUI
+            does not read this component, or its names are not known.
+        folder: its folder in a repository of diffusers, if it has another name there.
     """
 
     name: str
@@ -120,11 +123,15 @@ class ComponentFacts:
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
+    comfyui: KeyMap | Literal["original"] | None = None
+    folder: str = ""
 
     def names_in(self, layout_name: LayoutName, layout: Layout) -> KeyMap | None:
         """Return the map from keys in files of a layout to module keys; None if there is none."""
         if layout_name == "diffusers":
             return SAME_NAMES
+        if layout_name == "comfyui":
+            return self.names_in("original", layout) if self.comfyui == "original" else self.comfyui
         return (
             layout.public_keys if layout_name == "documented" else self.published.get(layout_name, layout.public_keys)
         )

@@ -1,17 +1,14 @@
 """Assigning the files of a run to the components of its family. No torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, report
 from diffsynth_core.hub.model_files import FileSet, split_entry
-from diffsynth_core.json_files import UnreadableFile, read_json
 from diffsynth_core.models.bases import shapes_in
+from diffsynth_core.models.configs import config_beside
 from diffsynth_core.models.recognition import (
     component_at,
     family_of_files,
@@ -128,7 +125,7 @@ def assign_files(
             report(_twice(component, (taken[component.name], file_set), facts, assigned.reported))
             continue
         taken[component.name] = file_set
-        config = _config_beside(stored.part.paths[0], component, facts) if stored.alone else None
+        config = config_beside(stored.part.paths[0], component, facts) if stored.alone else None
         folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
         settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
         in_float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
@@ -178,19 +175,6 @@ def _expected(file_set: FileSet, facts: FamilyFacts) -> str | None:
     parts = split_entry(file_set.origin)
     component = component_at(parts[1], facts, parts[0]) if parts else None
     return component.name if component else None
-
-
-def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) -> Path | None:
-    """Return the config.json in the folder of the weights, unless it belongs to another component."""
-    config = path.parent / "config.json"
-    if not config.exists():
-        return None
-    others = [name for other in facts.components if other is not component for name in other.config_classes]
-    with suppress(UnreadableFile):  # its faults are reported when the component is built
-        class_name = str(read_json(config, dict[str, Any], "").get("_class_name"))
-        if any(fnmatch(class_name, pattern) for pattern in others):
-            return None
-    return config
 
 
 def _unrecognized(

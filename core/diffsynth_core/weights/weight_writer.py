@@ -72,17 +72,27 @@ class OutputFile:
     late: Callable[[], Mapping[str, str]] | None = None
 
     @property
+    def kind(self) -> str:
+        """What it is, in a word."""
+        return "weights"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors, without the header."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
-class OutputIndex:
-    """The index file of shards, as diffusers and transformers read it."""
+class OutputText:
+    """A text file beside weights: the index of shards, as diffusers and transformers read it, or a config.json."""
 
     path: Path
     text: str
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a word."""
+        return "index" if self.path.name.endswith(INDEX_ENDING) else "config"
 
 
 def aligned(tensors: Iterable[OutputTensor]) -> tuple[OutputTensor, ...]:
@@ -96,7 +106,7 @@ def plan_shards(
     tensors: Sequence[OutputTensor],
     metadata: Mapping[str, str],
     max_shard_bytes: int | None,
-) -> tuple[list[OutputFile], list[OutputIndex]]:
+) -> tuple[list[OutputFile], list[OutputText]]:
     """Plan `<stem>.safetensors` or, if its tensors exceed `max_shard_bytes`, shards with an index.
 
     Tensors keep their order; one that is larger than `max_shard_bytes` gets a shard of its own.
@@ -118,17 +128,17 @@ def plan_shards(
     return files, [make_index(folder / f"{stem}.safetensors.index.json", files)]
 
 
-def make_index(path: Path, files: Iterable[OutputFile], metadata: Mapping[str, object] | None = None) -> OutputIndex:
+def make_index(path: Path, files: Iterable[OutputFile], metadata: Mapping[str, object] | None = None) -> OutputText:
     """Return the index of shards: `weight_map`, and `metadata` with the bytes of all tensors as `total_size`."""
     shards = list(files)
     content = {
         "metadata": {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)},
         "weight_map": dict(sorted((tensor.name, shard.path.name) for shard in shards for tensor in shard.tensors)),
     }
-    return OutputIndex(path, json.dumps(content, indent=2) + "\n")
+    return OutputText(path, json.dumps(content, indent=2) + "\n")
 
 
-Output = OutputFile | OutputIndex
+Output = OutputFile | OutputText
 """A file to write."""
 
 
@@ -206,7 +216,7 @@ def _space_problems(outputs: Sequence[Output]) -> list[Problem]:
 
 def output_bytes(output: Output) -> int:
     """Return the final size of a file."""
-    if isinstance(output, OutputIndex):
+    if isinstance(output, OutputText):
         return len(output.text.encode())
     return len(_header(output)) + output.nbytes
 
@@ -225,7 +235,7 @@ def write_outputs(
     """
     raise_if_any(output_problems(outputs, inputs, overwrite))
     stamps = {path: _stamp(path) for path in inputs}
-    ordered = sorted(outputs, key=lambda output: isinstance(output, OutputIndex))
+    ordered = sorted(outputs, key=lambda output: isinstance(output, OutputText))
     with ExitStack() as cleaning:
         for folder in dict.fromkeys(output.path.parent for output in ordered):
             cleaning.enter_context(created_folder(folder))
@@ -258,7 +268,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _put(output: Output, place: Path, task: Task) -> None:
     """Write one file under its temporary name, sync it, and verify it."""
-    if isinstance(output, OutputIndex):
+    if isinstance(output, OutputText):
         place.write_text(output.text, encoding="utf-8")
         task.advance(output_bytes(output))
     else:
@@ -282,7 +292,7 @@ def _complete(file: OutputFile, late: Mapping[str, str], place: Path) -> None:
 def _give_names(outputs: Sequence[Output], places: Mapping[Path, Path]) -> None:
     """Rename files to their final names. An older index is removed first: it would refer to old and new shards."""
     for output in outputs:
-        if isinstance(output, OutputIndex):
+        if isinstance(output, OutputText):
             output.path.unlink(missing_ok=True)
     for output in outputs:
         places[output.path].replace(output.path)

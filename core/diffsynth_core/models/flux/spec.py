@@ -143,6 +143,8 @@ FLUX = FamilyFacts(
             unread_formats=("diffsynth",),
             lora_key_maps={"diffusers": keys.DIT, "comfyui": keys.DIT_DOCUMENTED, "kohya": keys.DIT_DOCUMENTED},
             published={"original": keys.DIT_ORIGINAL},
+            comfyui="original",
+            folder="transformer",
         ),
         ComponentFacts(
             name="text_encoder_1",
@@ -152,12 +154,15 @@ FLUX = FamilyFacts(
                 Layout(keys.CLIP_FLAT_SIGNATURE, public_keys=keys.CLIP),
             ),
             file_patterns=("text_encoder/*",),
+            comfyui="original",
+            folder="text_encoder",
         ),
         ComponentFacts(
             name="text_encoder_2",
             title="T5 text encoder",
             layouts=(Layout(keys.T5_SIGNATURE, keys.T5, keys.T5),),
             file_patterns=("text_encoder_2/*",),
+            comfyui="original",
         ),
         ComponentFacts(
             name="vae",
@@ -170,6 +175,7 @@ FLUX = FamilyFacts(
             config_classes=("AutoencoderKL",),
             unused_params=keys.unused_in_vae,
             parts={"vae_encoder": "vae.encoder", "vae_decoder": "vae.decoder"},
+            comfyui="original",
         ),
         ComponentFacts(
             name=CONTROLNET,

@@ -109,6 +109,8 @@ FLUX2 = FamilyFacts(
             max_blocks=keys.DIT_BLOCKS,
             lora_fused={"comfyui": keys.DIT_ORIGINAL, "kohya": keys.DIT_ORIGINAL},
             published={"original": keys.DIT_ORIGINAL},
+            comfyui="original",
+            folder="transformer",
         ),
         ComponentFacts(
             name="text_encoder",
@@ -116,6 +118,7 @@ FLUX2 = FamilyFacts(
             layouts=(Layout(keys.TEXT_ENCODER_SIGNATURE),),
             file_patterns=("text_encoder/*",),
             unused_params=keys.unused_in_text_encoder,
+            comfyui="original",
         ),
         ComponentFacts(
             name="vae",

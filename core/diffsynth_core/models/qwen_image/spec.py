@@ -49,6 +49,8 @@ QWEN_IMAGE = FamilyFacts(
             max_blocks=DIT_BLOCKS,
             unused_params=dead_modules,
             settings={"zero_cond_t": (EDIT_IMAGE,)},
+            comfyui="original",
+            folder="transformer",
         ),
         ComponentFacts(
             name="text_encoder",
@@ -63,6 +65,7 @@ QWEN_IMAGE = FamilyFacts(
             file_patterns=("text_encoder/*",),
             published={"original": TEXT_ENCODER_PUBLISHED},
             unused_params=unused_in_text_encoder,
+            comfyui="original",
         ),
         ComponentFacts(
             name="vae",
@@ -73,6 +76,7 @@ QWEN_IMAGE = FamilyFacts(
             ),
             file_patterns=("vae/*",),
             unused_params=unused_in_vae,
+            comfyui=VAE_2_1,
         ),
         ComponentFacts(
             name=CONTROLNET,

@@ -187,6 +187,8 @@ WAN = FamilyFacts(
             blocks={"blocks": "num_layers"},
             fp32_modules=FP32_MODULES,
             lora_key_maps={"diffusers": keys.DIT},
+            comfyui="original",
+            folder="transformer",
         ),
         ComponentFacts(
             name="text_encoder",
@@ -209,6 +211,7 @@ WAN = FamilyFacts(
             file_patterns=("Wan2.?_VAE*", "vae/*"),
             config_classes=("AutoencoderKLWan",),
             unused_params=keys.unused_in_vae,
+            comfyui="original",
         ),
         ComponentFacts(
             name="image_encoder",
