@@ -27,6 +27,7 @@ from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import sync_folder
 from diffsynth_core.optimizers.names import UPDATE
+from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer, host_copy, is_moved
 from diffsynth_core.progress import pluralize
 
 SET_EVERY_STEP = ("params", "lr", "initial_lr", UPDATE)
@@ -167,7 +168,10 @@ def _restore_optimizer(
         parameter = trained[name]
         on_host = kind == "step" and id(parameter) not in counted_on_device
         # Copied, because tensors of load_file are mapped to a file that a later save removes.
-        optimizer.state[parameter][kind] = value.to("cpu" if on_host else parameter.device, copy=True)
+        if isinstance(optimizer, PerParameterOptimizer) and optimizer.state_on_host and is_moved(value):
+            optimizer.state[parameter][kind] = host_copy(value, parameter.device)
+        else:
+            optimizer.state[parameter][kind] = value.to("cpu" if on_host else parameter.device, copy=True)
     for name, kinds in values.parameters.items():
         optimizer.state[trained[name]].update(kinds)
     for group, changed in zip(optimizer.param_groups, values.groups, strict=bool(values.groups)):

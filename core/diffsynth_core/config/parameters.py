@@ -692,6 +692,13 @@ class Parameters(BaseModel):
         changes="numbers",
         documented=False,
     )
+    enable_optimizer_cpu_offload: bool = _setting(
+        False,
+        "training",
+        "bool",
+        "Keep the state of the optimizer in host memory; each tensor's part of it is copied to the device for its update and back, which computes the same; not with prodigy or a class of your own",
+        changes="speed",
+    )
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"
     ] = _setting(
@@ -763,6 +770,14 @@ class Parameters(BaseModel):
         "bool",
         "Recompute activations, and offload the inputs of the recomputed blocks to host memory: even less GPU memory",
         changes="speed",
+    )
+    fused_backward: bool = _setting(
+        False,
+        "gradient",
+        "bool",
+        "Update each weight in the backward pass, as soon as its gradient is there, and free that: no more than one gradient is in memory; computes the same; on one process, without accumulation, clipping or fp16; not with prodigy or a class of your own",
+        changes="speed",
+        documented=False,
     )
     gradient_accumulation_steps: Integer = _setting(
         1,

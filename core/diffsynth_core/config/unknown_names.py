@@ -50,7 +50,6 @@ UNSUPPORTED: dict[str, UnsupportedName] = {
     "enable_csv_log": UnsupportedName(METRICS, is_switch=True),
     "enable_lora_hot_loading": UnsupportedName("remove it; template models are not supported", is_switch=True),
     "enable_model_cpu_offload": UnsupportedName(MEMORY, is_switch=True),
-    "enable_optimizer_cpu_offload": UnsupportedName(MEMORY, is_switch=True),
     "enable_swanlab_log": UnsupportedName(METRICS, is_switch=True),
     "enable_tensorboard_log": UnsupportedName(METRICS, is_switch=True),
     "enable_wandb_log": UnsupportedName(METRICS, is_switch=True),

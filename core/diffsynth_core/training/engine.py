@@ -5,7 +5,6 @@ methods are collective: every process calls them in the same order.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -16,11 +15,9 @@ from diffsynth_core.adapters.tensors import place
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, restore_state, state_of
 from diffsynth_core.optimizers.names import UPDATE
+from diffsynth_core.optimizers.per_parameter import MakeOptimizer, PerParameterOptimizer
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
-
-MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
-"""Creates the optimizer of the parameters by name, or shards of them, that this process updates."""
 
 
 class Engine(ABC):
@@ -36,7 +33,17 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
-        """Take over a module whose weights are loaded, and create its optimizer."""
+        """Take over a module whose weights are loaded, and create the optimizer of the parameters, or shards of them,
+        that this process updates.
+        """
+
+    @abstractmethod
+    def begin(self, rate: float, number: int) -> None:
+        """Begin a step at this learning rate, before its passes.
+
+        Args:
+            number: of the step in the run, from which random numbers of the update are drawn.
+        """
 
     @abstractmethod
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
@@ -63,12 +70,13 @@ class Engine(ABC):
         """Whether `step` itself skips non-finite gradients, as float16 scaling does."""
 
     @abstractmethod
-    def step(self, rate: float, number: int) -> bool:
-        """Update the weights at this learning rate and clear the gradients; return False if the step was skipped.
+    def step(self) -> bool:
+        """End the step, after which weights are updated and gradients cleared; return False if it was skipped."""
 
-        Args:
-            number: of the step in the run, from which random numbers of the update are drawn.
-        """
+    @property
+    @abstractmethod
+    def updating(self) -> bool:
+        """Whether some weights may be updated and others not, so that they belong to no step."""
 
     @abstractmethod
     def state(self) -> StateTensors:
@@ -96,6 +104,7 @@ class ReplicatedEngine(Engine):
 
     def __init__(self, accelerator: Accelerator, max_grad_norm: float | None) -> None:
         self._accelerator, self._limit = accelerator, max_grad_norm
+        self._updating = False
 
     def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
         place(component, name, tensor)
@@ -104,6 +113,12 @@ class ReplicatedEngine(Engine):
         self._trained: dict[str, nn.Parameter] = model.trained()
         self._plain = make_optimizer(self._trained)
         self._module, self._optimizer = self._accelerator.prepare(model, self._plain)
+
+    def begin(self, rate: float, number: int) -> None:
+        for group in self._plain.param_groups:
+            group["lr"] = rate
+            if UPDATE in group:
+                group[UPDATE] = number
 
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
         with nullcontext() if last else self._accelerator.no_sync(self._module):
@@ -133,14 +148,16 @@ class ReplicatedEngine(Engine):
     def skips_overflow(self) -> bool:
         return self._accelerator.scaler is not None
 
-    def step(self, rate: float, number: int) -> bool:
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-            if UPDATE in group:
-                group[UPDATE] = number
+    def step(self) -> bool:
+        self._updating = True
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._updating = False
         return not self._optimizer.step_was_skipped
+
+    @property
+    def updating(self) -> bool:
+        return self._updating
 
     def state(self) -> StateTensors:
         return state_of(self._trained, self._plain)
@@ -158,3 +175,50 @@ class ReplicatedEngine(Engine):
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
+
+
+class FusedEngine(ReplicatedEngine):
+    """One process that updates each weight in the backward pass, as soon as its gradient is there, and frees that.
+
+    So it neither accumulates gradients nor clips them by a norm that is known only afterwards. A loss that is not finite
+    has no backward pass; after a gradient that is not finite the weights are lost.
+    """
+
+    def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
+        self._trained = model.trained()
+        optimizer = make_optimizer(self._trained)
+        assert isinstance(optimizer, PerParameterOptimizer)
+        self._plain = self._one_by_one = optimizer
+        self._module = self._accelerator.prepare(model)
+        self._norms: dict[nn.Parameter, Tensor] = {}
+        for parameter in self._trained.values():
+            parameter.register_post_accumulate_grad_hook(self._update)
+
+    def begin(self, rate: float, number: int) -> None:
+        super().begin(rate, number)
+        self._one_by_one.begin()
+        self._norms.clear()
+
+    def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
+        losses: Tensor = self._module(micro_batch)
+        loss = losses.sum() * weight
+        if loss.isfinite():
+            self._accelerator.backward(loss)
+        return losses.detach()
+
+    def _update(self, parameter: Tensor) -> None:
+        """Use the gradient of a parameter, which is complete: this hook is called once for each backward pass."""
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        self._updating = True
+        self._norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        self._one_by_one.update(parameter)
+        parameter.grad = None
+
+    def gradient_norm(self) -> float:
+        norms = [self._norms[parameter] for parameter in self._trained.values() if parameter in self._norms]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+    def step(self) -> bool:
+        self._one_by_one.finish()
+        self._updating = False
+        return True

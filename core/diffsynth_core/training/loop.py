@@ -30,6 +30,7 @@ from diffsynth_core.checkpoints.state import save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan
@@ -37,7 +38,7 @@ from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.checkpointing import write_checkpoint
 from diffsynth_core.training.encode import fill_cache
-from diffsynth_core.training.engine import Engine, ReplicatedEngine
+from diffsynth_core.training.engine import Engine, FusedEngine, ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
@@ -72,14 +73,14 @@ def train(
     stop: StopRequest,
     stop_after: int | None = None,
     *,
-    make_engine: MakeEngine = ReplicatedEngine,
+    make_engine: MakeEngine | None = None,
     observers: Sequence[Observer] = (),
 ) -> RunResult:
     """Execute a plan: encode, train, save.
 
     Args:
         stop_after: behave as if interrupted after this step; for rehearsals.
-        make_engine: distributes the steps over processes.
+        make_engine: creates what carries out the steps; None: the engine that the plan asks for.
         observers: follow the run in this process, besides metrics and progress.
 
     Raises:
@@ -98,7 +99,7 @@ def _open_run(
     accelerator: Accelerator,
     reporter: Reporter,
     stop: StopRequest,
-    make_engine: MakeEngine,
+    make_engine: MakeEngine | None,
     observers: Sequence[Observer],
 ) -> "Run":
     """Fill the cache, load what a step needs, and continue from the plan's state."""
@@ -111,6 +112,7 @@ def _open_run(
     _check_identities(plan)
     fill_cache(plan, family, accelerator, reporter, stop)
     stop.raise_if_set()
+    make_engine = make_engine or (FusedEngine if plan.parameters.fused_backward else ReplicatedEngine)
     engine = make_engine(accelerator, plan.parameters.max_grad_norm)
     model = build_training_module(plan, family, accelerator.device, reporter, engine.place)
     stop.raise_if_set()
@@ -138,6 +140,14 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
 
 def make_optimizer(plan: RunPlan, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """Create the optimizer of a run for parameters by name."""
+    make, settings = partial(_make_whole, plan), plan.parameters
+    if settings.fused_backward or settings.enable_optimizer_cpu_offload:
+        return PerParameterOptimizer(make, trained, settings.enable_optimizer_cpu_offload)
+    return make(trained)
+
+
+def _make_whole(plan: RunPlan, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Create an optimizer that updates all parameters in its step."""
     build = partial(plan.training.optimizer.build, plan.parameters.learning_rate)
     if all(weight.dtype == torch.float32 for weight in trained.values()):
         return build(trained.values())
@@ -181,7 +191,6 @@ class Run:
         self.done = self.saved = plan.output.start.first_step
         """Step of the current weights, and of the latest state on disk."""
         self.samples_seen = 0
-        self.updating = False
         self.skipped_in_a_row = 0
         if plan.output.start.state:
             self.engine.restore(plan.output.start.state)
@@ -230,10 +239,11 @@ class Run:
                 data_seconds = time.perf_counter() - started
 
                 rate = learning_rate(step, params.learning_rate, params.lr_scheduler, params.lr_warmup_steps, total)
+                self.engine.begin(rate, step)
                 loss, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
                 gradient_norm = self.engine.gradient_norm()
                 self._check_finite(step, loss, gradient_norm)
-                self._update(rate, sample_count)
+                self._update(sample_count)
                 done = self.done
                 seconds = time.perf_counter() - started
                 self._check_folder()
@@ -304,13 +314,11 @@ class Run:
             "check these samples, or resume with `--resume auto` and a lower `--learning_rate` or `--max_grad_norm 1`",
         )
 
-    def _update(self, rate: float, sample_count: int) -> None:
-        """Update the weights; meanwhile they belong to no step, so `_rescue` does not save them."""
-        self.updating = True
-        updated = self.engine.step(rate, self.done)
+    def _update(self, sample_count: int) -> None:
+        """Update the weights, and count the step."""
+        updated = self.engine.step()
         self.done += 1
         self.samples_seen += sample_count
-        self.updating = False
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_STEPS:  # float16 scaling found no scale with finite gradients
             raise Diverged(
@@ -358,7 +366,7 @@ class Run:
 
     def _rescue(self) -> None:
         """Save the state of the last complete step before an error ends the run. Other processes may have ended."""
-        if self.updating or self.done == self.saved or not self.accelerator.is_main_process:
+        if self.engine.updating or self.done == self.saved or not self.accelerator.is_main_process:
             return
         try:
             self._save_state(together=False)
