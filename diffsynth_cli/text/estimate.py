@@ -76,12 +76,13 @@ def _training_parts(config: MemoryConfig, training: TrainingMemory, optimizer: s
         f"temporary buffers of the {optimizer} step, after activations are freed": training.update
         if training.update_is_fullest
         else 0,
+        "the update of the largest tensor": training.update if training.updated_in_passes else 0,
     }
     suffix = f", with the {optimizer} step instead of activations" if training.update_is_fullest else ""
     return {
         **{f"weights of {name}": size for name, size in training.weights.items()},
         **({"LoRA": training.adapters} if training.adapters else {}),
-        "gradients": training.gradients,
+        "gradient of the largest tensor" if training.updated_in_passes else "gradients": training.gradients,
         f"optimizer state ({optimizer})": training.optimizer,
         **{name: size for name, size in optional.items() if size},
         f"training in total{suffix}": training.total,

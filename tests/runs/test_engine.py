@@ -70,8 +70,15 @@ class Counting(Engine):
     def skips_overflow(self):
         return self._inner.skips_overflow
 
-    def step(self, rate, number):
-        return self._called("step", rate, number)
+    def begin(self, rate, number):
+        return self._called("begin", rate, number)
+
+    def step(self):
+        return self._called("step")
+
+    @property
+    def updating(self):
+        return self._inner.updating
 
     def state(self):
         return self._called("state")
@@ -107,10 +114,10 @@ def test_an_engine_from_outside_trains_and_resumes(run):
     plain = load_file(run("plain") / "epoch-0.safetensors")
     own = load_file(run("own", Counting) / "epoch-0.safetensors")
     assert all(torch.equal(plain[name], own[name]) for name in plain)
-    step = ["forward_backward", "sum_over_processes", "gradient_norm", "step"]
+    step = ["begin", "forward_backward", "sum_over_processes", "gradient_norm", "step"]
     assert Counting.calls == ["prepare", *step, *step, "state"]
     run("own", Counting, resume="auto", max_steps=3)
-    assert Counting.calls[10:] == ["prepare", "restore", *step, "state"]
+    assert Counting.calls[12:] == ["prepare", "restore", *step, "state"]
 
 
 def test_an_observer_from_outside_sees_steps_saves_and_the_end(run):

@@ -49,7 +49,8 @@ class TrainingMemory:
 
     `autocast_weights`: autocast copies of weights, which live until the forward pass ends. They raise the peak only
     with gradient accumulation or DDP, when there are gradients already, and only if larger than a recomputed block.
-    `update`: what the optimizer works with in its step, when activations and casts are gone.
+    `update`: what the optimizer works with in its step, when activations and casts are gone, or in the passes with a
+    fused backward pass.
     `on_host`: what waits in host memory for the backward pass.
     """
 
@@ -61,17 +62,19 @@ class TrainingMemory:
     autocast_weights: int
     on_host: int
     update: int
+    updated_in_passes: bool = False
 
     @property
     def update_is_fullest(self) -> bool:
         """Whether the step of the optimizer takes more than the passes before it."""
-        return self.update > self.activations + self.autocast_weights
+        return not self.updated_in_passes and self.update > self.activations + self.autocast_weights
 
     @property
     def total(self) -> int:
         """Peak bytes: what lasts, and the larger of the passes and the update of a step."""
         lasting = sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer
-        return lasting + max(self.activations + self.autocast_weights, self.update)
+        passes = self.activations + self.autocast_weights
+        return lasting + (passes + self.update if self.updated_in_passes else max(passes, self.update))
 
 
 @dataclass(frozen=True)
@@ -198,10 +201,20 @@ def trained_tensor_bytes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[
 
 
 def update_bytes(plan: RunPlan, config: MemoryConfig) -> int:
-    """Bytes that the step works with: for all float32 tensors, and then for the largest of the others."""
-    rounded = rounded_shapes(plan, config.trained_dtype)
-    at_once = config.optimizer.update_bytes(float32_shapes(plan, config.rank, config.trained_dtype), config.device)
-    return max(at_once, ROUNDING_BYTES * max(map(math.prod, rounded), default=0))
+    """Bytes that the step works with: for all float32 tensors, and then for the largest of the others; or for the
+    largest of all, with its state if that is on the host.
+    """
+    optimizer, dtype = config.optimizer, config.trained_dtype
+    whole, rounded = float32_shapes(plan, config.rank, dtype), rounded_shapes(plan, dtype)
+    if not (config.fused_backward or config.optimizer_on_host):
+        at_once = optimizer.update_bytes(whole, config.device)
+        return max(at_once, ROUNDING_BYTES * max(map(math.prod, rounded), default=0))
+
+    def state(shape: tuple[int, ...]) -> int:
+        return optimizer.state_bytes([shape]) if config.optimizer_on_host else 0
+
+    of_whole = [optimizer.update_bytes([shape], config.device) + state(shape) for shape in whole]
+    return max([*of_whole, *(ROUNDING_BYTES * math.prod(shape) + state(shape) for shape in rounded)], default=0)
 
 
 def count_trained(plan: RunPlan) -> int:
@@ -238,6 +251,7 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         autocast_weights=casts,
         on_host=on_host,
         update=update_bytes(plan, config),
+        updated_in_passes=config.fused_backward,
     )
 
 

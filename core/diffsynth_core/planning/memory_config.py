@@ -67,4 +67,6 @@ def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
         sizes=sizes,
         optimizer=plan.training.optimizer,
         trained_dtype=plan.training.dtype,
+        fused_backward=parameters.fused_backward,
+        optimizer_on_host=parameters.enable_optimizer_cpu_offload,
     )

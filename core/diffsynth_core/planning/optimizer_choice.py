@@ -93,28 +93,6 @@ def choose_optimizer(parameters: Parameters, origin: Origin, invalid: frozenset[
     return OptimizerChoice(name, options)
 
 
-def dtype_problems(parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str) -> Iterator[Problem]:
-    """Yield why weights cannot train in another dtype than float32.
-
-    Args:
-        mixed_precision: in which the run computes, on this machine.
-    """
-    if parameters.trained_dtype == "float32":
-        return
-    asked = f"`trained_dtype` `{parameters.trained_dtype}`"
-    if mixed_precision != "bf16":
-        what = f"{asked} needs `mixed_precision` bf16, but the run computes in {mixed_precision}"
-        yield Problem(
-            what.replace("in no", "in float32"),
-            "pass `--mixed_precision bf16`",
-            wrong_use=parameters.mixed_precision is not None,
-        )
-    if not optimizer.spec.by_tensor:
-        able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.by_tensor)
-        what = f"{asked} updates one tensor after the other, which the optimizer `{optimizer.name}` may not be able to"
-        yield Problem(what, f"pass `--trained_dtype float32`, or one of the optimizers {able}", wrong_use=True)
-
-
 def rate_warnings(parameters: Parameters, optimizer: OptimizerChoice) -> Iterator[Problem]:
     """Warn about a rate that is usual for AdamW, where the optimizer multiplies it by a step size of its own."""
     rate = parameters.learning_rate

@@ -22,13 +22,13 @@ from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.optimizer_choice import (
     OptimizerChoice,
     choose_optimizer,
-    dtype_problems,
     rate_warnings,
 )
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
 from diffsynth_core.planning.two_stage import check_precompute_output, find_encoded, known_origin
+from diffsynth_core.planning.updates import dtype_problems, update_problems
 from diffsynth_core.progress import Reporter
 
 
@@ -153,7 +153,7 @@ def make_plan(
         if task.encodes and not found and resolved.origin("dataset_base_path").is_given:
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
-        _check_trained_dtype(parameters, optimizer, mixed_precision)
+        _check_updates(parameters, optimizer, mixed_precision, world_size)
         report(*(shape_faults(found) if found else []))
         steps = _step_plan(parameters, samples, world_size) if samples else None
         cache = parameters.cache_path or default_cache_path()
@@ -268,14 +268,15 @@ def _choose_optimizer(resolved: Resolved, parameters: Parameters) -> OptimizerCh
     return choose_optimizer(parameters, resolved.origin("optimizer"), resolved.invalid)
 
 
-def _check_trained_dtype(parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str) -> None:
-    """Report why weights cannot train in the dtype that the parameters name."""
+def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str, world_size: int) -> None:
+    """Report why weights cannot be updated in the dtype, or at the time and place, that the parameters name."""
     if not TASKS[parameters.task].trains:
         return
     # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
     for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
     for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
+    report(*update_problems(parameters, optimizer, mixed_precision, world_size))
 
 
 def _find_samples(

@@ -180,8 +180,8 @@ class ReplicatedEngine(Engine):
 class FusedEngine(ReplicatedEngine):
     """One process that updates each weight in the backward pass, as soon as its gradient is there, and frees that.
 
-    So it neither accumulates gradients nor clips them by a norm that is known only afterwards. A loss that is not finite
-    has no backward pass; after a gradient that is not finite the weights are lost.
+    So it neither accumulates gradients nor clips them by their norm, which is known only afterwards. A loss that is not
+    finite has no backward pass; after a gradient that is not finite the weights are lost.
     """
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
@@ -192,7 +192,7 @@ class FusedEngine(ReplicatedEngine):
         self._module = self._accelerator.prepare(model)
         self._norms: dict[nn.Parameter, Tensor] = {}
         for parameter in self._trained.values():
-            parameter.register_post_accumulate_grad_hook(self._update)
+            parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]
 
     def begin(self, rate: float, number: int) -> None:
         super().begin(rate, number)

@@ -1,0 +1,29 @@
+"""Updates in the backward pass, and a state in host memory, with what contradicts them: one report, before loading."""
+
+import pytest
+
+from tests.naming import names
+
+FUSED, ON_HOST = "--fused_backward", "--enable_optimizer_cpu_offload"
+CASES = [
+    ((FUSED, "--gradient_accumulation_steps", 4), names("gradient_accumulation_steps", "4 backward passes", "fused_backward"), names("remove one of them")),
+    ((FUSED, "--max_grad_norm", 1), names("max_grad_norm", "the norm of all gradients", "fused_backward"), names("remove one of them")),
+    ((FUSED, "--num_processes", 2), names("2 processes", "fused_backward"), names("one process", "--fused_backward")),
+    ((FUSED, "--optimizer", "prodigy", "--learning_rate", 1), names("fused_backward", "one tensor after the other", "prodigy"), names("remove", "--fused_backward", "adamw")),
+    ((ON_HOST, "--optimizer", "prodigy", "--learning_rate", 1), names("enable_optimizer_cpu_offload", "one tensor after the other", "prodigy"), names("remove", ON_HOST, "adamw")),
+    ((ON_HOST, "--optimizer", "torch.optim.NAdam"), names("enable_optimizer_cpu_offload", "torch.optim.NAdam"), names("adafactor")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "message", "hint"), CASES)
+def test_it_is_one_problem(refuse, flags, message, hint):
+    code, problems = refuse(*flags)
+    assert (code, problems) == (2, [(message, hint)])
+
+
+def test_all_are_reported_together(refuse):
+    flags = (FUSED, "--gradient_accumulation_steps", 2, "--max_grad_norm", 1, "--mixed_precision", "fp16")
+    code, problems = refuse(*flags)
+    assert code == 2
+    named = ("gradient_accumulation_steps", "max_grad_norm", "fp16 skips", "fp16` needs a GPU")
+    assert [name for name in named if not any(name in str(message) for message, _ in problems)] == []
