@@ -22,6 +22,7 @@ METAVARS = {
     "comma list": "A,B,…",
     "number pair": "A,B",
     "arguments": "NAME=VALUE…",
+    "quant options": "ENTRY:METHOD…",
     "json list": "JSON",
 }
 """Type of a parameter -> its placeholder in the help."""

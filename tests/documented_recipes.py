@@ -14,6 +14,7 @@ DEFAULTS = {
     "model_id_with_origin_paths": [],
     "extra_inputs": [],
     "fp8_models": [],
+    "quant_options": "",
     "offload_models": [],
     "learning_rate": 1e-4,
     "num_epochs": 1,

@@ -56,7 +56,7 @@ def _labeled(label: str, text: str) -> str:
 
 def _size(plan: GenerationPlan, component: str) -> str:
     if component not in plan.model.published:
-        stored = plan.model.components[component].storage
+        stored = plan.model.components[component].storage.partition("/")[0]
         return format_bytes(file_bytes(plan, component)) + ("" if stored == "plain" else f", {stored} weights")
     size = file_bytes(plan, component)
     return f"missing, {format_bytes(size)} as published" if size else "missing, size unknown"

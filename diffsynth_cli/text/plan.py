@@ -225,6 +225,7 @@ def _part(plan: RunPlan, component: str) -> str:
 
 
 def _stored(share: float | None, storage: str) -> str:
+    storage = storage.partition("/")[0]  # without the modules that are left out
     if share is None:
         return f"weights stored in {storage} (share unknown without its files)"
     return f"{share:.0%} of its weights stored in {storage}" if share else f"no weights that can be stored in {storage}"

@@ -21,6 +21,7 @@ VALUES = {
     "comma list": "a,b",
     "number pair": "0.9,0.99",
     "arguments": "fused=true",
+    "quant options": "a:b:nf4",
     "json list": '["a", ["b"]]',
 }
 

@@ -31,14 +31,17 @@ RECIPES = {
 }
 
 
-def plan_step(name: str, folder: Path, components: tuple[str, ...] = (), **parameters: object) -> RunPlan:
-    """Plan the rehearsal of a recipe with some components stored in 8-bit floats."""
+def plan_step(
+    name: str, folder: Path, components: tuple[str, ...] = (), method: str | None = None, **parameters: object
+) -> RunPlan:
+    """Plan the rehearsal of a recipe with some components quantized by a method; None: cast to 8-bit floats."""
     given = {"recipe": RECIPES.get(name, name), "device": "cpu", "cache_path": str(folder / "cache"), "max_steps": 1}
     given |= {"output_path": str(folder / "out"), "dataset_num_workers": 0, **parameters}
     reporter = SilentReporter()
     plain, base = prepare(resolve(given), reporter)
     origins = {name: files.origin for name, files in make_plan(plain, reporter, base=base).model.components.items()}
-    chosen = {"fp8_models": [origins[name] for name in components]}
+    entries = [origins[name] for name in components]
+    chosen = {"quant_options": dict.fromkeys(entries, method)} if method else {"fp8_models": entries}
     return make_plan(prepare(resolve(given | chosen), reporter)[0], reporter, base=base)
 
 

@@ -1,7 +1,8 @@
-"""Weights in 8-bit floats (e4m3).
+"""Weights in 8-bit floats (e4m3), rounded as they are or with a scale for each row.
 
 Numbers of e4m3 are 2^-9 apart below 2^-6, and 1/8 to 1/16 of their value above; the largest is 448, and larger ones
-would become NaN.
+would become NaN. The weights of a network are small, so that without a scale many of them fall where the numbers are
+far apart beside them.
 """
 
 from collections.abc import Mapping
@@ -38,10 +39,42 @@ class Float8Format(WeightFormat):
 
     def widen(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         narrow, scale = tensors["stored"].view(FLOAT8), tensors.get("scale")
-        return narrow.to(dtype) if scale is None else narrow.to(torch.float32).mul_(scale).to(dtype)
+        return narrow.to(dtype) if scale is None else scale_rows(narrow, scale, dtype)
 
     def keeps_scale(self, stored: torch.dtype) -> bool:
         return stored == FLOAT8
+
+
+class ScaledFloat8Format(Float8Format):
+    """Weights divided by a scale for each row, with which its largest becomes 448, and then rounded."""
+
+    def empty(self, rows: int, columns: int, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        scale = torch.empty(rows, 1, dtype=torch.float32, device="meta")
+        return {**super().empty(rows, columns, dtype), "scale": scale}
+
+    def pack(self, weight: Tensor, scale: Tensor | None = None) -> Mapping[str, Tensor] | None:
+        if scale is None:
+            weight = weight.to(torch.float32)
+            scale = row_scales(weight, LARGEST)
+            if not scale.isfinite().all():
+                return None
+            weight = weight / scale
+        return super().pack(weight, scale)
+
+
+def row_scales(weight: Tensor, largest: float) -> Tensor:
+    """Return the factor of each row, `[out, 1]` float32, with which `largest` stands for its largest element.
+
+    It is 1 for a row of zeros. Not finite for a row with an element that is not.
+    """
+    scale = weight.abs().amax(1, keepdim=True).to(torch.float32) / largest
+    # A scale below the smallest normal number would lose digits of its own, and the row with it.
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+
+
+def scale_rows(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return stored x scale, multiplied in float32 and rounded once to `dtype`."""
+    return stored.to(torch.float32).mul_(scale).to(dtype)
 
 
 def to_bytes(weight: Tensor) -> Tensor:

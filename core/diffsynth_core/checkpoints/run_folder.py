@@ -62,6 +62,8 @@ class RunRecord:
     """Identifies the run in its states; empty in records of versions without it."""
     float8_components: list[str] = field(default_factory=list)
     """Components whose weights are stored in 8-bit floats, sorted."""
+    quantized_components: dict[str, str] = field(default_factory=dict)
+    """Component that is quantized otherwise -> its storage (`find_store`)."""
     status: str = "running"
     step: int = 0
     """Step of the latest saved state."""

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from diffsynth_core.config.choices import LoraFormat, MixedPrecision, TrainedDtype, WeightDtype
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
 from diffsynth_core.config.optimizer_args import read_arguments
+from diffsynth_core.config.quant_options import read_quant_options
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 GROUPS = {
@@ -118,6 +119,8 @@ Arguments = Annotated[str, BeforeValidator(read_arguments, json_schema_input_typ
 """Arguments of a function, as sorted `name=value` words; a mapping in a file."""
 MemorySize = Annotated[str, BeforeValidator(_check_memory)]
 """GPU memory: an amount such as `24GB`, or a card such as `4090`."""
+QuantOptions = Annotated[str, BeforeValidator(read_quant_options, json_schema_input_type=str | dict[str, str])]
+"""How models are quantized: entry -> method."""
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
     BeforeValidator(_read_path_groups, json_schema_input_type=str | list[str | list[str]]),
@@ -134,6 +137,7 @@ TYPE_WORDS = {
     "str": "a string",
     "comma list": "a comma-separated list of strings",
     "number pair": "two comma-separated numbers",
+    "quant options": "`entry:method` or `entry:method/module,module`, several with `;` between them",
     "arguments": "space-separated words `name=value`, each name once",
     "json list": "a JSON list of paths, or of lists of shard paths",
 }
@@ -157,7 +161,7 @@ Compared = Literal["value", "course", "dataset", "weights", "precision", "storag
 - dataset: the fingerprint of the dataset
 - weights: the sha256 of the files of all components
 - precision: the effective mixed precision
-- storage: the components stored in 8-bit floats
+- storage: the components stored in 8-bit floats or quantized
 - micro_batches: micro-batches per step (accumulation x processes)
 - state: nothing, because the state contains what the parameter initialized
 """
@@ -587,6 +591,15 @@ class Parameters(BaseModel):
         "model",
         "comma list",
         "Entries of the model parameters whose frozen weights are stored in 8-bit floats (e4m3), half the memory of bf16, and upcast for each computation; applies to the linear layers in blocks, which hold nearly all weights; any file of a list of shards stands for the whole list; not for components trained in full",
+        changes="numbers",
+        compared="storage",
+        generates=True,
+    )
+    quant_options: QuantOptions = _setting(
+        "",
+        "model",
+        "quant options",
+        "Quantizes frozen weights of the linear layers in blocks, as `entry:method`, several with `;` between them: fp8 (8-bit floats with a scale per row, about half the memory of bf16), int8 (8-bit integers with a scale per row) or nf4 (4 bits, about a quarter; bitsandbytes); `entry:method/NAME,NAME` leaves out modules whose names end so; not for components trained in full",
         changes="numbers",
         compared="storage",
         generates=True,

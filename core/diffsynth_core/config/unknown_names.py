@@ -54,7 +54,6 @@ UNSUPPORTED: dict[str, UnsupportedName] = {
     "enable_tensorboard_log": UnsupportedName(METRICS, is_switch=True),
     "enable_wandb_log": UnsupportedName(METRICS, is_switch=True),
     "framewise_decoding": UnsupportedName("remove it; Wan Dancer is not supported", is_switch=True),
-    "quant_options": UnsupportedName("remove it; `--fp8_models` keeps frozen weights in 8-bit floats"),
     "resume_from_checkpoint": UnsupportedName(RESUME),
     "swanlab_*": UnsupportedName(METRICS),
     "template_model_id_or_path": UnsupportedName("remove it; template models are not supported"),

@@ -56,7 +56,7 @@ def find_storage(generation: Generation, limit: int) -> StorageOption | None:
         while sum(_weight_bytes(generation, name, changed) for name in names) >= limit:
             saved = {name: _saved_bytes(generation, name) for name in names if name not in changed}
             best = max(saved, key=lambda name: saved[name], default="")
-            if not best or not saved[best]:
+            if not best or saved[best] <= 0:
                 return None
             changed[best] = "float8"
     kept = [files for name, files in plan.model.components.items() if changed.get(name, files.storage) == "float8"]

@@ -28,11 +28,13 @@ from diffsynth_core.hub.file_requests import FileRequest
 from diffsynth_core.hub.model_files import missing_in_one
 from diffsynth_core.models.registry import image_inputs
 from diffsynth_core.models.spec import Variant
+from diffsynth_core.models.weight_store import find_store
 from diffsynth_core.planning.device import choose_device, choose_precision
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.output import cache_faults, folder_faults
 from diffsynth_core.planning.plan import Machine
 from diffsynth_core.planning.required_files import files_of_stages
+from diffsynth_core.planning.storage import storage_flag
 
 T = TypeVar("T")
 OUTPUTS = Path("generated")
@@ -307,9 +309,10 @@ def _varying_differences(adapters: Mapping[Column, Sequence[AppliedLora]], found
     weights: dict[Path, list[float]] = {}
     for applied in (one for column in adapters.values() for one in column if one.lora.tensors):
         weights.setdefault(applied.lora.path, []).append(applied.weight)
-        if found.components[applied.component].storage != "plain":
-            what = f"`{applied.lora.path}` has full-weight differences, which 8-bit floats would round"
-            yield Problem(what, f"remove the {applied.component} from `--fp8_models`", wrong_use=True)
+        storage = found.components[applied.component].storage
+        if storage != "plain":
+            what = f"`{applied.lora.path}` has full-weight differences, which {find_store(storage).title} would round"
+            yield Problem(what, f"remove the {applied.component} from `--{storage_flag(storage)}`", wrong_use=True)
     for path, found_weights in weights.items():
         if len(set(found_weights)) > 1 or len(found_weights) < len(adapters):
             what = f"`{path}` has full-weight differences, which are the same for all images of a command"

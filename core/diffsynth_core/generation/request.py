@@ -1,13 +1,14 @@
 """What a `generate` command asks for, and the parameters of the model that it draws with. No torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffsynth_core.checkpoints.run_folder import RECORD, RunRecord, read_record
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS
+from diffsynth_core.config.quant_options import rename_entries
 from diffsynth_core.config.resolve import Resolved, resolve_recorded, resolve_stages
 from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, report
 
@@ -176,15 +177,20 @@ def _stages(stages: Sequence[Resolved]) -> tuple[Resolved, Resolved | None]:
 
 
 def _without_entries_of(other: Resolved, resolved: Resolved) -> Resolved:
-    """Return the parameters of a stage without the models in `fp8_models` that only the other stage has: a flag is for
-    both.
+    """Return the parameters of a stage without the models in `fp8_models` and `quant_options` that only the other stage
+    has: a flag is for both.
     """
     own, others = (
         {*one.parameters.model_id_with_origin_paths, *(path for group in one.parameters.model_paths for path in group)}
         for one in (resolved, other)
     )
-    kept = tuple(entry for entry in resolved.parameters.fp8_models if entry in own or entry not in others)
-    return replace(resolved, parameters=resolved.parameters.model_copy(update={"fp8_models": kept}))
+
+    def kept(entries: Iterable[str]) -> tuple[str, ...]:
+        return tuple(entry for entry in entries if entry in own or entry not in others)
+
+    quantized = rename_entries(resolved.parameters.quant_options, lambda entry: kept((entry,)))
+    update = {"fp8_models": kept(resolved.parameters.fp8_models), "quant_options": quantized}
+    return replace(resolved, parameters=resolved.parameters.model_copy(update=update))
 
 
 def one_stage_problem(stages: Sequence[Resolved]) -> Problem:

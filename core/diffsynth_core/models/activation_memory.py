@@ -26,7 +26,7 @@ from diffsynth_core.models.loading import swap_layers, tie
 from diffsynth_core.models.prepare import ComponentSetup, prepare_component
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import EncoderFacts, Variant
-from diffsynth_core.models.weight_store import STORES
+from diffsynth_core.models.weight_store import find_store
 
 Owner = tuple[str, int]
 """Which of a list of blocks something belongs to: the list by component and name, and the place in it."""
@@ -216,7 +216,7 @@ def _build(family: Family, name: str, component: MeasuredComponent) -> nn.Module
         module = family.build(name, component.config)
     module.eval().requires_grad_(False)
     facts = family.facts.component(name)
-    swap_layers(facts, module, STORES[component.storage], component.dtype)
+    swap_layers(facts, module, find_store(component.storage), component.dtype)
     prepare_component(family, name, module, component.setup)
     for weight, parameter in list(module.named_parameters()):
         in_files = weight.replace(".base_layer.", ".")

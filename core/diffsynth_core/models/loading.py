@@ -12,7 +12,7 @@ from diffsynth_core.models.bases import part_of, shapes_in
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup, prepare_component
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Shapes
-from diffsynth_core.models.weight_store import STORES, WeightStore
+from diffsynth_core.models.weight_store import WeightStore, find_store
 from diffsynth_core.progress import Reporter, format_bytes, pluralize
 from diffsynth_core.weights.tensors import dequantize, iterate_weights
 
@@ -131,7 +131,7 @@ def load_component(
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
     facts = family.facts.component(files.component)
-    store = STORES[files.storage]
+    store = find_store(files.storage)
     buffers = frozenset(name for name, _ in module.named_buffers())
     replaced = swap_layers(facts, module, store, dtype)
     prepare_component(family, files.component, module, setup)
@@ -259,7 +259,8 @@ def swap_layers(
 
 def stored_layers(facts: ComponentFacts, module: nn.Module, store: WeightStore) -> frozenset[str]:
     """Return the names of the linear layers of a component whose weights a store keeps."""
-    return frozenset(name for name in store.layers(module) if not facts.stays_float32(f"{name}.weight"))
+    layers = filter(store.takes, store.layers(module))
+    return frozenset(name for name in layers if not facts.stays_float32(f"{name}.weight"))
 
 
 def tie(module: nn.Module) -> None:

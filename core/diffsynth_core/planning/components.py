@@ -9,7 +9,7 @@ from pathlib import Path
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
-from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, list_names, report, report_missing, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, report, report_missing
 from diffsynth_core.hub.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
 from diffsynth_core.models.hub_shapes import hub_shapes
 from diffsynth_core.models.recognition import component_at
@@ -23,7 +23,7 @@ from diffsynth_core.models.spec import (
     Shapes,
     Variant,
 )
-from diffsynth_core.models.weight_store import STORES
+from diffsynth_core.models.weight_store import WeightStore, find_store
 from diffsynth_core.planning.file_assignment import (
     AssignedFiles,
     FoundPart,
@@ -35,6 +35,7 @@ from diffsynth_core.planning.file_assignment import (
 )
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.required_files import download_hint, needed_entries
+from diffsynth_core.planning.storage import check_entries, check_storage, storage_of
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.planning.two_stage import components_of, kind_problems, modified_encoders
 from diffsynth_core.progress import pluralize
@@ -91,8 +92,8 @@ def find_components(
     report(*_mismatches(facts, variant, origins, {name: shapes[name] for name in origins}))
     report(*(_encoded_mismatches(facts, variant, shapes, encoded) if encoded else []))
     report(*_unused_components(facts, parameters.extra_inputs, components))
-    for parameter in ("fp8_models", "offload_models"):
-        _check_entries(parameters, parameter)
+    check_storage(parameters, components, shapes)
+    check_entries(parameters, "offload_models", parameters.offload_models)
     single_stage = task.encodes and task.trains
     used = {name: files for name, files in components.items() if single_stage or name in needed}
     unused_components = {name: files for name, files in components.items() if name not in used}
@@ -179,7 +180,7 @@ def _use_published_sizes(
             None,
             component.layouts[0],
             settings=settings,
-            storage="float8" if entry in parameters.fp8_models else "plain",
+            storage=storage_of((entry,), parameters),
         )
         assigned.shapes[component.name] = hub_shapes(facts, published) if component.name == facts.denoiser else {}
         found[component.name] = published
@@ -300,18 +301,19 @@ def stored_shares(found: ModelPlan) -> dict[str, float | None]:
             continue
         if name in found.published:
             shapes = found.shapes[name]
-            shares[name] = stored_share(shapes) if shapes else None
+            shares[name] = stored_share(shapes, find_store(files.storage)) if shapes else None
         else:
             module = build_empty(family, files)
             sizes = {weight: parameter.numel() for weight, parameter in module.named_parameters()}
-            layers = stored_layers(found.facts.component(name), module, STORES[files.storage])
+            layers = stored_layers(found.facts.component(name), module, find_store(files.storage))
             shares[name] = sum(sizes[f"{layer}.weight"] for layer in layers) / sum(sizes.values())
     return shares
 
 
-def stored_share(shapes: Shapes) -> float:
-    """Return the fraction of a component's weights in linear layers of blocks, from its shapes."""
-    stored = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers_of_blocks(shapes))
+def stored_share(shapes: Shapes, store: WeightStore) -> float:
+    """Return the fraction of a component's weights in linear layers of blocks that a store takes, from its shapes."""
+    layers = filter(store.takes, layers_of_blocks(shapes))
+    stored = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers)
     return stored / sum(map(math.prod, shapes.values()))
 
 
@@ -325,19 +327,3 @@ def _read(file_sets: Iterable[FileSet]) -> tuple[list[FoundPart], list[Problem]]
         except DiffSynthError as error:
             problems += error.problems
     return parts, problems
-
-
-def _check_entries(parameters: Parameters, parameter: str) -> None:
-    """Check that a parameter names entries of the model parameters, so that a typo is not ignored."""
-    named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
-    for entry in getattr(parameters, parameter):
-        if entry not in named:
-            near = suggest(entry, named)
-            hint = f"did you mean `{near}`?" if near else f"the entries are {list_names(named)}"
-            report(
-                Problem(
-                    f"`{parameter}` names `{entry}`, which is not an entry of the model parameters",
-                    hint,
-                    wrong_use=True,
-                )
-            )

@@ -20,6 +20,7 @@ from diffsynth_core.models.recognition import (
 )
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, UnsupportedCheckpoint
+from diffsynth_core.planning.storage import storage_of
 from diffsynth_core.weights.base_files import Part, read_parts
 from diffsynth_core.weights.headers import TensorHeader
 
@@ -128,7 +129,6 @@ def assign_files(
         config = config_beside(stored.part.paths[0], component, facts) if stored.alone else None
         folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
         settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
-        in_float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
         components[component.name] = ComponentFiles(
             component=component.name,
             origin=file_set.source,
@@ -137,7 +137,7 @@ def assign_files(
             layout=layout,
             folders=folders,
             settings=settings,
-            storage="float8" if in_float8 else "plain",
+            storage=storage_of(file_set.entries, parameters),
             prefix=stored.part.prefix,
         )
         assigned.shapes[component.name] = shapes_in(stored.part, layout)

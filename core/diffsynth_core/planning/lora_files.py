@@ -9,7 +9,9 @@ from pathlib import Path
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.models.spec import modules_with_weights
+from diffsynth_core.models.weight_store import find_store
 from diffsynth_core.planning.model_plan import FusedLora, ModelPlan
+from diffsynth_core.planning.storage import storage_flag
 from diffsynth_core.planning.trained import check_component
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.lora import Lora, group_by_a, pairs_of
@@ -138,12 +140,13 @@ def find_fused_lora(parameters: Parameters, found: ModelPlan) -> FusedLora | Non
     files = found.components.get(component)
     if path is None or not there or files is None:
         return None
-    if files.storage == "float8":
+    if not (store := find_store(files.storage)).trains:
+        flag = storage_flag(files.storage)
         report(
             Problem(
-                f"`preset_lora_path` cannot be merged into `{component}`, whose files `fp8_models` keeps in 8-bit floats: "
+                f"`preset_lora_path` cannot be merged into `{component}`, whose files `{flag}` keeps in {store.title}: "
                 "most of the change would be lost in rounding",
-                "remove them from `fp8_models`",
+                f"remove them from `{flag}`",
                 wrong_use=True,
             )
         )

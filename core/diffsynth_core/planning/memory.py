@@ -14,7 +14,7 @@ from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.size_facts import BYTES
-from diffsynth_core.models.weight_store import STORES
+from diffsynth_core.models.weight_store import find_store
 from diffsynth_core.planning.activations import (
     encoder_activations,
     measured_encoders,
@@ -274,10 +274,11 @@ def frozen_bytes(
     if not shapes:
         return count_parameters(plan, component) * low
     fp32 = {*filter(plan.model.facts.component(component).stays_float32, shapes), *trained}
-    kept = STORES[storage].bytes_per_weight
-    sizes: dict[str, float] = {f"{layer}.weight": kept for layer in layers_of_blocks(shapes)} if kept else {}
-    sizes |= dict.fromkeys(fp32, BYTES["float32"])
-    return round(sum(math.prod(shape) * sizes.get(name, low) for name, shape in shapes.items()))
+    store = find_store(storage)
+    layers = filter(store.takes, layers_of_blocks(shapes)) if store.bytes_per_weight else ()
+    stored = {f"{layer}.weight": store.nbytes(shapes[f"{layer}.weight"]) for layer in layers}
+    sizes = {name: math.prod(shape) * (BYTES["float32"] if name in fp32 else low) for name, shape in shapes.items()}
+    return sum((sizes | {name: size for name, size in stored.items() if name not in fp32}).values())
 
 
 def encoding_memory(plan: RunPlan, config: MemoryConfig) -> tuple[EncodingMemory, ...]:

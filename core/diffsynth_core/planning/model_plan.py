@@ -56,3 +56,9 @@ class ModelPlan:
     def float8_components(self) -> list[str]:
         """Components whose weights are stored in 8-bit floats, in alphabetical order."""
         return sorted(name for name, files in self.components.items() if files.storage == "float8")
+
+    @property
+    def quantized_components(self) -> dict[str, str]:
+        """Components whose weights `quant_options` quantizes -> their storage, in alphabetical order."""
+        stored = {name: files.storage for name, files in sorted(self.components.items())}
+        return {name: storage for name, storage in stored.items() if storage not in ("plain", "float8")}

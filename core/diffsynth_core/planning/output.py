@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.hub.identity import IDENTITIES, HashCache
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
 
 FINISHED = ("completed", "interrupted")
@@ -53,7 +54,7 @@ def check_output(
     fingerprint: str | None,
     steps: StepPlan | None,
     mixed_precision: str,
-    float8_components: Sequence[str],
+    model: ModelPlan | None,
     reporter: Reporter,
 ) -> ResumePoint:
     """Return where the run starts: at step 0 in a free folder, or where the run in the folder stopped.
@@ -63,6 +64,7 @@ def check_output(
     Args:
         fingerprint: fingerprint of the dataset; None if it could not be read.
         steps: None if the dataset could not be read.
+        model: None if it is not known.
     """
     folder = parameters.output_path
     write_problems = folder_faults(folder, "output_path")
@@ -76,7 +78,7 @@ def check_output(
             return ResumePoint()
         _check_same_run(parameters, record, fingerprint)
         _check_same_steps(folder, record, steps, mixed_precision)
-        _check_same_storage(folder, record, float8_components)
+        _check_same_storage(folder, record, model)
         return _resumed(parameters, record, steps, reporter)
     except DiffSynthError as error:
         report(*error.problems)
@@ -251,9 +253,10 @@ def _check_same_steps(folder: Path, record: RunRecord, steps: StepPlan | None, m
         )
 
 
-def _check_same_storage(folder: Path, record: RunRecord, float8_components: Sequence[str]) -> None:
-    """Check that the same components are stored in 8-bit floats: rounded weights compute other numbers."""
-    if list(float8_components) != record.float8_components:
+def _check_same_storage(folder: Path, record: RunRecord, model: ModelPlan | None) -> None:
+    """Check that the same components are stored in 8-bit floats or quantized: rounded weights compute other numbers."""
+    float8_components = model.float8_components if model else []
+    if float8_components != record.float8_components:
         before, now = (", ".join(names) or "nothing" for names in (record.float8_components, float8_components))
         report(
             Problem(
@@ -262,6 +265,26 @@ def _check_same_storage(folder: Path, record: RunRecord, float8_components: Sequ
                 wrong_use=True,
             )
         )
+    quantized = model.quantized_components if model else {}
+    if quantized != record.quantized_components:
+        before, now = map(_quantizations, (record.quantized_components, quantized))
+        report(
+            Problem(
+                f"`quant_options` quantized {before} in the run in `{folder}`, now {now}",
+                "resume with the same value, or start a new run",
+                wrong_use=True,
+            )
+        )
+
+
+def _quantizations(storage: Mapping[str, str]) -> str:
+    """Return which components are quantized, and to what, in words."""
+    parts = []
+    for component, kept in storage.items():
+        method, _, left_out = kept.partition("/")
+        names = left_out.replace(",", ", ")
+        parts.append(f"{component} to {method}" + (f" but for {names}" if names else ""))
+    return " and ".join(parts) or "nothing"
 
 
 def _check_same_run(parameters: Parameters, record: RunRecord, fingerprint: str | None) -> None:

@@ -240,8 +240,7 @@ def _find_start(
 ) -> ResumePoint:
     """Return where the run starts in its output folder; a precompute task always starts at the beginning."""
     if TASKS[parameters.task].trains:
-        kept = found.float8_components if found else []
-        return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter)
+        return check_output(parameters, fingerprint, steps, mixed_precision, found, reporter)
     if found and fingerprint:
         check_precompute_output(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint))
     return ResumePoint()

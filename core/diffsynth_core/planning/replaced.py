@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.quant_options import rename_entries
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import model_base_path
@@ -33,7 +34,8 @@ def drop_replaced_entries(resolved: Resolved) -> Resolved:
         for name in ("fp8_models", "offload_models")
         if getattr(parameters, name)
     }
-    update = {"model_id_with_origin_paths": kept, **changed}
+    quantized = rename_entries(parameters.quant_options, lambda entry: (replacements.get(entry, entry),))
+    update = {"model_id_with_origin_paths": kept, "quant_options": quantized, **changed}
     return replace(resolved, parameters=parameters.model_copy(update=update))
 
 

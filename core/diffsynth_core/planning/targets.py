@@ -7,11 +7,12 @@ from diffsynth_core.config.choices import LoraFormat, TrainedDtype
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, report
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Layout
-from diffsynth_core.models.weight_store import STORES
+from diffsynth_core.models.weight_store import find_store
 from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
+from diffsynth_core.planning.storage import storage_flag
 from diffsynth_core.planning.trained import check_component, find_trained, prefix_problems
 from diffsynth_core.weights.lora_formats import LORA_FORMATS
 
@@ -70,7 +71,7 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
     """Return what the parameters select for training among the components. Reports problems."""
     full, parts = find_trained(parameters, found)
     changing = [found.components[name] for name in (*full, *parts) if name in found.components]
-    report(*[_rounded(files) for files in changing if not STORES[files.storage].trains])
+    report(*[_rounded(files) for files in changing if not find_store(files.storage).trains])
     lora_component = parameters.lora_base_model
     if lora_component and not check_component(lora_component, "lora_base_model", found):
         lora_component = None
@@ -108,9 +109,10 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
 
 def _rounded(files: ComponentFiles) -> Problem:
     """Return the problem of trained weights in a dtype so coarse that most steps would not change them."""
+    flag, title = storage_flag(files.storage), find_store(files.storage).title
     return Problem(
-        f"`trainable_models` names `{files.component}`, whose files `fp8_models` keeps in 8-bit floats: `{files.origin}`",
-        f"remove them from `fp8_models`, or train a LoRA: `--lora_base_model {files.component}`",
+        f"`trainable_models` names `{files.component}`, whose files `{flag}` keeps in {title}: `{files.origin}`",
+        f"remove them from `{flag}`, or train a LoRA: `--lora_base_model {files.component}`",
         wrong_use=True,
     )
 

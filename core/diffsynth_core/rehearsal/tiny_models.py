@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.quant_options import rename_entries
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError, Problem, report
 from diffsynth_core.files import make_numbered_folder
@@ -76,6 +77,7 @@ def swap_models(
         "model_id_with_origin_paths": tuple(entry for entries in swapped for entry in entries),
         "model_paths": (),
         "fp8_models": tuple(dict.fromkeys(float8)),
+        "quant_options": rename_entries(parameters.quant_options, lambda entry: entries_of.get(entry, (entry,))),
         "offload_models": (),
     }
 

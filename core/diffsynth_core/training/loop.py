@@ -401,6 +401,7 @@ class Run:
                 micro_batches_per_step=plan.data.steps.micro_batches,
                 id=uuid4().hex,
                 float8_components=plan.model.float8_components,
+                quantized_components=plan.model.quantized_components,
             )
         # Checkpoints after the resumed state will be written again.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.output.start.first_step]

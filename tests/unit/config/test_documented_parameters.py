@@ -46,6 +46,7 @@ DOCUMENTED = [
     ("family", "tokenizer_1_path", "str", None),
     ("family", "tokenizer_2_path", "str", None),
     ("family", "zero_cond_t", "bool", False),
+    ("model", "quant_options", "quant options", ""),
     ("model", "offload_models", "comma list", []),
 ]
 TASKS = [

@@ -53,6 +53,10 @@ TAKEN = [
     ("adam_betas", " 0.9 , 0.99 ", (0.9, 0.99)),
     ("adam_betas", [0.9, 0.99], (0.9, 0.99)),
     ("adam_betas", "0,0", (0.0, 0.0)),
+    ("quant_options", "", ""),
+    ("quant_options", " a/b:c*.x:nf4 ; d:int8/img_mod.1, q ;", "a/b:c*.x:nf4;d:int8/img_mod.1,q"),
+    ("quant_options", '["a 1.x", "a:2.x"]:fp8/q', '["a 1.x", "a:2.x"]:fp8/q'),
+    ("quant_options", {"a/b:c*.x": "nf4", "d": "int8/q"}, "a/b:c*.x:nf4;d:int8/q"),
     ("optimizer_args", "", ""),
     ("optimizer_args", "  fused=true  betas=0.9,0.99 ", "betas=0.9,0.99 fused=true"),
     (
@@ -92,6 +96,10 @@ REFUSED = [
     *(("caption_dropout", value) for value in (1, 1.5, -0.1, "nan", "often", True, None)),
     *(("optimizer_args", value) for value in ("fused", "fused=", "=1", "a b=1", "a=1 a=2", "1a=1", None, 3, ["a=1"])),
     *(("optimizer_args", value) for value in ({"a": {"b": 1}}, {"a": ""}, {1: 2}, {"a b": 1})),
+    *(
+        ("quant_options", value)
+        for value in ("nf4", "a:", ":nf4", "a:/q", "[]:nf4", "[1]:nf4", "[a:nf4", None, 3, ["a:nf4"])
+    ),
     *(("gpu_memory", value) for value in ("24", 24, "", "GB", "-1GB", "24 TB", "1.GB")),
 ]
 

@@ -15,7 +15,7 @@ from diffsynth_core.progress import SilentReporter
 OTHER_VALUES: dict[str, Any] = {
     "int": 512, "float": 0.25, "path": "other", "str": "other", "comma list": "other", "memory": "12GB",
     "json list": '["other"]', "number pair": "0.9,0.99",
-    "arguments": "fused=true",
+    "arguments": "fused=true", "quant options": "a:b:nf4",
 }  # fmt: skip
 NUMBERS = ("learning_rate", "seed", "lora_rank", "zero_cond_t", "lr_scheduler", "height", "task", "extra_inputs")
 FREE = (
@@ -43,7 +43,7 @@ def problems_of_resuming(
     RunRecord(before, "qwen-image", 0, "fingerprint", {}, "no", 1, diverged_step=diverged_step).save(folder)
     parameters = Parameters.model_validate({"resume": "auto", **now, "output_path": folder})
     with collect_problems() as problems:
-        check_output(parameters, "fingerprint", None, "no", (), SilentReporter())
+        check_output(parameters, "fingerprint", None, "no", None, SilentReporter())
     return problems
 
 
@@ -103,7 +103,7 @@ def test_processes_times_accumulation_counts_and_not_the_factors(tmp_path, accum
     parameters = Parameters.model_validate({**given, "output_path": tmp_path / "run"})
     steps = StepPlan(BatchPlan([(1, 64, 64)] * 8, 1, 1, 0), accumulated * processes, 1, None)
     with collect_problems() as problems:
-        check_output(parameters, "fingerprint", steps, "no", (), SilentReporter())
+        check_output(parameters, "fingerprint", steps, "no", None, SilentReporter())
     assert [problem.hint for problem in problems] == (
         [] if same else ["resume with `--gradient_accumulation_steps` x processes = 4"]
     )
