@@ -11,7 +11,7 @@ from tests.naming import names
 DOCUMENTED = [
     "dataset_base_path", "dataset_metadata_path", "dataset_repeat", "dataset_num_workers",
     "data_file_keys", "model_paths", "model_id_with_origin_paths", "extra_inputs",
-    "fp8_models", "offload_models", "learning_rate", "num_epochs",
+    "fp8_models", "quant_options", "offload_models", "learning_rate", "num_epochs",
     "trainable_models", "find_unused_parameters", "weight_decay", "task",
     "output_path", "remove_prefix_in_ckpt", "save_steps", "lora_base_model",
     "lora_target_modules", "lora_rank", "lora_checkpoint", "preset_lora_path",
@@ -28,7 +28,7 @@ SWITCHES = [
 ]  # fmt: skip
 WITH_VALUE = [
     "cpu_offload_split_threshold", "swanlab_project", "wandb_project",
-    "dmd2_student_update_freq", "dmd2_guidance_lora_rank", "embedded_guidance", "quant_options",
+    "dmd2_student_update_freq", "dmd2_guidance_lora_rank", "embedded_guidance",
     "template_model_id_or_path", "audio_processor_path", "resume_from_checkpoint",
 ]  # fmt: skip
 """Further options of its trainers with a value, according to their parsers."""

@@ -24,7 +24,7 @@ def test_all_that_is_wrong_with_it_is_told_together(refuse):
 
 
 def test_what_names_no_method(refuse):
-    assert refuse("--quant_options", DIT) == (2, [(names("quant_options", "transformer", "nf4"), None)])
+    assert refuse("--quant_options", DIT) == (2, [(names("quant_options", "no method", DIT), names(":nf4"))])
 
 
 def test_a_component_whose_weights_train(refuse):

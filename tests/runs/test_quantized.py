@@ -42,7 +42,6 @@ def test_the_plan_and_the_record_say_what_is_quantized(train, tmp_path):
 def test_a_stopped_run_goes_on_to_the_same_bits_and_draws(train, cli, tmp_path):
     assert train("through", *QUANTIZED, "--max_steps", 4).code == 0
     assert train("pieces", *QUANTIZED, "--max_steps", 2).code == 0
-    # The record of an older run has no such field.
     path = tmp_path / "pieces/run.json"
     record = json.loads(path.read_text())
     assert train("pieces", *QUANTIZED, "--resume", "auto", "--max_steps", 4).code == 0
@@ -52,6 +51,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_draws(train, cli, tmp_path):
     assert through.keys() == pieces.keys()
     assert all(torch.equal(tensor, pieces[name]) for name, tensor in through.items())
     assert all(tensor.abs().max() > 0 for name, tensor in through.items() if ".lora_B." in name)
+    # The record of an older run, which quantized nothing, has no such field.
     path.write_text(json.dumps({name: value for name, value in record.items() if name != "quantized_components"}))
     refused = train("pieces", *QUANTIZED, "--resume", "auto")
     assert refused.code == 2 and "quantized nothing in the run in" in refused.err

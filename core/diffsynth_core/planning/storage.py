@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from shlex import quote
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.quant_options import QuantOption, split_quant_options
@@ -44,7 +45,13 @@ def check_storage(
         shapes: of the tensors of each component.
     """
     check_entries(parameters, "fp8_models", parameters.fp8_models)
-    options = split_quant_options(parameters.quant_options)
+    options = []
+    for option in split_quant_options(parameters.quant_options):
+        if str(option) in _named(parameters):  # of which the last part would count as the method
+            what = f"`quant_options` names no method for `{option}`"
+            report(Problem(what, f"pass `--quant_options {quote(f'{option}:nf4')}`, or another method", wrong_use=True))
+        else:
+            options.append(option)
     check_entries(parameters, "quant_options", [entry for option in options for entry in option.entries])
     report(*_repeated(parameters, options), *_unknown_methods(options))
     for name, files in components.items():
@@ -54,13 +61,18 @@ def check_storage(
 
 def check_entries(parameters: Parameters, parameter: str, entries: Iterable[str]) -> None:
     """Check that a parameter names entries of the model parameters, so that a typo is not ignored."""
-    named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
+    named = _named(parameters)
     for entry in entries:
         if entry not in named:
             near = suggest(entry, named)
             hint = f"did you mean `{near}`?" if near else f"the entries are {list_names(named)}"
             what = f"`{parameter}` names `{entry}`, which is not an entry of the model parameters"
             report(Problem(what, hint, wrong_use=True))
+
+
+def _named(parameters: Parameters) -> list[str]:
+    """Return what names model files."""
+    return [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
 
 
 def _repeated(parameters: Parameters, options: Iterable[QuantOption]) -> Iterator[Problem]:
