@@ -86,6 +86,10 @@ def score() -> Score:
     return measure
 
 
+def test_its_files_name_no_folder_of_the_machine_that_built_it():
+    assert all('"/' not in file.read_text() for file in shipped_folder(MODEL_ID).rglob("*.json"))
+
+
 def test_the_classifier_reads_what_the_vae_reconstructs():
     vae = load_pipeline().vae
     mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
