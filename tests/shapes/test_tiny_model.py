@@ -196,6 +196,10 @@ def test_each_key_format_draws_the_same(lora, folder, key_format, tmp_path, monk
 
 OTHER_WAYS = {
     "fp8": ("--fp8_models", f"{MODEL_ID}:{FILES['dit']}"),
+    **{
+        method: ("--quant_options", f"{MODEL_ID}:{FILES['dit']}:{method.removesuffix(' per row')}")
+        for method in ("fp8 per row", "int8", "nf4")
+    },
     "two processes": ("--num_processes", "2", "--batch_size", "12"),
     "accumulated": ("--batch_size", "12", "--gradient_accumulation_steps", "2"),
 }

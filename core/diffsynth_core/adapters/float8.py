@@ -46,13 +46,18 @@ class Float8Format(WeightFormat):
 
 
 class ScaledFloat8Format(Float8Format):
-    """Weights divided by a scale for each row, with which its largest becomes 448, and then rounded."""
+    """Weights divided by a scale for each row, with which its largest becomes 448, and then rounded; those of files
+    that are in this dtype are not rounded again.
+    """
 
     def empty(self, rows: int, columns: int, dtype: torch.dtype) -> Mapping[str, Tensor]:
         scale = torch.empty(rows, 1, dtype=torch.float32, device="meta")
         return {**super().empty(rows, columns, dtype), "scale": scale}
 
     def pack(self, weight: Tensor, scale: Tensor | None = None) -> Mapping[str, Tensor] | None:
+        if scale is None and weight.dtype == FLOAT8:
+            scale = torch.ones(len(weight), 1, device=weight.device) if fits(weight) else None
+            return None if scale is None else super().pack(weight, scale)
         if scale is None:
             weight = weight.to(torch.float32)
             scale = row_scales(weight, LARGEST)

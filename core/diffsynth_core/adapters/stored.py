@@ -19,8 +19,9 @@ class WeightFormat(ABC):
     """How a weight `[out, in]` is kept: as which tensors, and what they mean. It has no state.
 
     Attributes:
-        names: of the tensors. The first one becomes a parameter of the layer, the others buffers: a module's dtype is
-            that of its floating-point parameters, which must be the compute dtype.
+        names: of the tensors. The first one becomes a parameter of the layer, and so do others of integers, which
+            DDP would broadcast before each forward pass if they were buffers. Other floating-point ones become
+            buffers: a module's dtype is that of its floating-point parameters, which must be the compute dtype.
     """
 
     names: tuple[str, ...] = ("stored",)
@@ -111,10 +112,12 @@ class StoredLinear(nn.Linear):
         self.format, self.compute_dtype = format, compute_dtype
         if tensors is None:
             tensors = format.empty(layer.out_features, layer.in_features, compute_dtype)
-        first, *others = format.names
-        self.register_parameter(first, nn.Parameter(tensors[first], requires_grad=False))
-        for name in others:
-            self.register_buffer(name, tensors.get(name), persistent=False)
+        for name in format.names:
+            tensor = tensors.get(name)
+            if tensor is None or (name != format.names[0] and tensor.is_floating_point()):
+                self.register_buffer(name, tensor, persistent=False)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.bias = layer.bias
         self.train(layer.training)
 

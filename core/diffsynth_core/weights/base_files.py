@@ -3,7 +3,8 @@
 Files of ComfyUI and its tools put several components into one file, each below a prefix, and store matrices as 8-bit
 floats with a scale (W = stored x scale), in two spellings: `<layer>.scale_weight` with the marker `scaled_fp8`, and
 `<layer>.weight_scale` with `<layer>.comfy_quant`. Sources: comfy/utils.py (`convert_old_quants`) and QUANTIZATION.md
-of Comfy-Org/ComfyUI. No torch.
+of Comfy-Org/ComfyUI. transformers writes `<layer>.weight_scale_inv`, which is multiplied too, for blocks of 128 x 128
+(integrations/finegrained_fp8.py). No torch.
 """
 
 import math
@@ -22,7 +23,7 @@ from diffsynth_core.weights.weight_sets import Span
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 """8-bit floating-point dtypes in safetensors."""
-WEIGHT_SCALES = (".scale_weight", ".weight_scale")
+WEIGHT_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 """Suffixes of scales, which follow the name of the layer as `.weight` does."""
 QUANT_CONFIG = ".comfy_quant"
 """Suffix of the tensor with a layer's format as JSON."""
