@@ -1,12 +1,13 @@
 """Where activations wait for the backward pass."""
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-Packed = Tensor | tuple[torch.device, Tensor]
+from diffsynth_core.adapters.streams import CopyStream, Event, copy_stream
 
 
 class OffloadActivations(saved_tensors_hooks):
@@ -15,10 +16,25 @@ class OffloadActivations(saved_tensors_hooks):
     Together with gradient checkpointing these are the inputs of the checkpointed blocks
     (`torch.autograd.graph.save_on_cpu`, which would carry parameters over too). Casts that autocast makes of float32
     weights are no parameters, and outside of checkpointed blocks they are carried over.
+
+    Copies run beside the computation.
     """
 
     def __init__(self) -> None:
-        super().__init__(_to_host, _from_host)
+        super().__init__(self._to_host, _from_host)
+        self._last: ref[HostActivation] | None = None
+
+    def _to_host(self, tensor: Tensor) -> "Tensor | HostActivation":
+        if is_weight(tensor) or tensor.device.type == "cpu":
+            return tensor
+        waiting = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
+        packed = HostActivation(tensor, waiting, copy_stream(tensor.device), self._last)
+        self._last = ref(packed)
+        return packed
+
+
+def _from_host(packed: Any) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed.restore()
 
 
 def is_weight(tensor: Tensor) -> bool:
@@ -27,17 +43,41 @@ def is_weight(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
-def _to_host(tensor: Tensor) -> Packed:
-    if is_weight(tensor) or tensor.device.type == "cpu":
+class HostActivation:
+    """A tensor that waits in host memory.
+
+    Each one that the backward pass asks for has one more copied back ahead of it: the last one saved that is neither
+    back nor on its way. So the inputs of the next block arrive while a block is recomputed from as many.
+    """
+
+    def __init__(
+        self, tensor: Tensor, waiting: Tensor, copies: CopyStream, before: "ref[HostActivation] | None"
+    ) -> None:
+        """Begin to copy a tensor to `waiting`.
+
+        Args:
+            before: what was saved before it, for as long as the graph needs it.
+        """
+        self._device, self._waiting, self._copies, self._before = tensor.device, waiting, copies, before
+        self._back: tuple[Tensor, Event] | None = None
+        self._asked_for = False
+        copies.copy(waiting, tensor.detach(), copies.computed())
+
+    def restore(self) -> Tensor:
+        """Return the tensor on its device; it may be asked for again."""
+        if self._back is None:
+            self._copy_back()
+        assert self._back
+        (tensor, copied), self._back, self._asked_for = self._back, None, True
+        self._copies.wait(copied)
+        ahead = self._before and self._before()
+        while ahead and (ahead._back or ahead._asked_for):
+            ahead = ahead._before and ahead._before()
+        if ahead:
+            ahead._copy_back()
         return tensor
-    waiting = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
-    waiting.copy_(tensor)
-    return tensor.device, waiting
 
-
-def _from_host(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    device, waiting = packed
-    moved: Tensor = waiting.to(device, non_blocking=True)
-    return moved
+    def _copy_back(self) -> None:
+        # Its copy to host memory is before it in the same queue.
+        moved = torch.empty_like(self._waiting, device=self._device, pin_memory=False)
+        self._back = moved, self._copies.copy(moved, self._waiting, self._copies.computed())

@@ -1,0 +1,40 @@
+"""Host memory from which an accelerator copies while it computes."""
+
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.progress import format_memory
+
+
+def allocate(size: int) -> Tensor:
+    """Return `size` bytes of host memory, uint8, on pages of their own.
+
+    `torch.empty(…, pin_memory=True)` rounds sizes up to a power of two, of which blocks of a model waste a third.
+    """
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+def pin(memory: Tensor, device: torch.device) -> Tensor:
+    """Return memory of `allocate` such that copies to a device may run beside its computation; on a CPU as it is.
+
+    Raises:
+        DiffSynthError: if the system does not let so much memory be pinned.
+    """
+    if device.type == "cpu":
+        return memory
+    if device.type != "cuda":
+        return memory.pin_memory()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    # In place, as torch.distributed pins the memory of its checkpoints.
+    failed = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if failed:
+        raise DiffSynthError(
+            f"the system does not let {format_memory(memory.nbytes)} more of host memory be pinned (CUDA error {failed})",
+            "lower `--blocks_to_swap`, or free host memory",
+        )
+    weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return memory
