@@ -209,13 +209,14 @@ class Session:
 
     def _plan_stage(self, resolved: Resolved, reporter: Reporter, without_files: bool) -> "RunPlan":
         from diffsynth_core.planning.plan import make_plan
+        from diffsynth_core.planning.swap_choice import with_chosen_blocks
 
         base = model_base_path()
         if resolved.parameters.rehearse:
             from diffsynth_core.rehearsal.preparation import prepare
 
             resolved, base = prepare(resolved, reporter)
-        return make_plan(resolved, reporter, self.world_size, base, without_files)
+        return with_chosen_blocks(make_plan(resolved, reporter, self.world_size, base, without_files))
 
     def _carry_out(self, stage: str | None, plan: "RunPlan", stop: "StopRequest") -> StageResult:
         """Train, or precompute encodings."""

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.host_memory import allocate, pin
 from diffsynth_core.adapters.stored import StoredLinear
 from diffsynth_core.adapters.streams import CopyStream, Event, copy_stream
+from diffsynth_core.config.choices import SWAP_BUFFERS
 
 ALIGNMENT = 256
 """Bytes; tensors on a device begin at multiples of it, for kernels that read many bytes at once."""
-BUFFERS = 2
-"""Units on the device at a time: one that computes, and the next one."""
 
 Tensors = Mapping[str, Tensor]
 """What keeps a weight, by the names of its format."""
@@ -144,7 +143,7 @@ class BlockSwap:
             for unit in self._units:
                 unit.memory = pin(unit.memory, device)
             size = max(unit.memory.nbytes for unit in self._units)
-            count = min(BUFFERS, len(self._units))
+            count = min(SWAP_BUFFERS, len(self._units))
             memories = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
             self._buffers = [_Buffer(memory, self._copies.computed()) for memory in memories]
         first = self._order.begin()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from diffsynth_core.config.choices import LoraFormat, MixedPrecision, TrainedDtype, WeightDtype
@@ -90,6 +90,16 @@ def _check_memory(value: object) -> object:
     return value.strip()
 
 
+def _read_blocks(value: object) -> object:
+    """Accept `auto`, or an integer as other parameters do."""
+    if value == "auto":
+        return value
+    number = TypeAdapter(Integer).validate_python(value)
+    if not 0 <= number <= MAX_INTEGER:
+        raise ValueError("is not a number of blocks")
+    return number
+
+
 def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
     """Invert `_read_path_groups`."""
     return [group[0] if len(group) == 1 else list(group) for group in groups]
@@ -121,6 +131,11 @@ MemorySize = Annotated[str, BeforeValidator(_check_memory)]
 """GPU memory: an amount such as `24GB`, or a card such as `4090`."""
 QuantOptions = Annotated[str, BeforeValidator(read_quant_options, json_schema_input_type=str | dict[str, str])]
 """How models are quantized: entry -> method."""
+BlockCount = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_read_blocks, json_schema_input_type=Annotated[int, Field(ge=0)] | Literal["auto"]),
+]
+"""A number of blocks, or the fewest that will do."""
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
     BeforeValidator(_read_path_groups, json_schema_input_type=str | list[str | list[str]]),
@@ -134,6 +149,7 @@ TYPE_WORDS = {
     "bool": "true or false",
     "path": "a path",
     "memory": MEMORY_WORDS,
+    "blocks": "an integer from 0, or auto",
     "str": "a string",
     "comma list": "a comma-separated list of strings",
     "number pair": "two comma-separated numbers",
@@ -711,6 +727,31 @@ class Parameters(BaseModel):
         "bool",
         "Keep the state of the optimizer in host memory; each tensor's part of it is copied to the device for its update and back, which computes the same; not with prodigy or a class of your own",
         changes="speed",
+    )
+    blocks_to_swap: BlockCount = _setting(
+        0,
+        "training",
+        "blocks",
+        "Keep the linear layers of this many frozen blocks of the denoiser, evenly spread, in host memory, and copy each block to the device while others compute; two are there at a time. auto: the fewest with which the run fits in `gpu_memory`",
+        changes="speed",
+        unit="blocks",
+        documented=False,
+    )
+    enable_model_cpu_offload: bool = _setting(
+        False,
+        "training",
+        "bool",
+        "Swap all frozen blocks of the denoiser, like the largest possible `blocks_to_swap`; the name of DiffSynth-Studio, which moves weights that train as well",
+        changes="speed",
+    )
+    cpu_offload_split_threshold: Number | None = _setting(
+        None,
+        "training",
+        "float",
+        "Copy swapped blocks with more parameters than this in parts, which takes less GPU memory for the two that are there at a time; default: always whole blocks",
+        changes="speed",
+        unit="2^20 parameters",
+        ge=0,
     )
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"

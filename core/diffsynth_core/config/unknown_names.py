@@ -44,12 +44,10 @@ class UnsupportedName:
 
 UNSUPPORTED: dict[str, UnsupportedName] = {
     "audio_processor_path": UnsupportedName("remove it; models with audio are not supported"),
-    "cpu_offload_split_threshold": UnsupportedName(MEMORY),
     "dmd2_*": UnsupportedName(DISTILLATION),
     "embedded_guidance": UnsupportedName(DISTILLATION),
     "enable_csv_log": UnsupportedName(METRICS, is_switch=True),
     "enable_lora_hot_loading": UnsupportedName("remove it; template models are not supported", is_switch=True),
-    "enable_model_cpu_offload": UnsupportedName(MEMORY, is_switch=True),
     "enable_swanlab_log": UnsupportedName(METRICS, is_switch=True),
     "enable_tensorboard_log": UnsupportedName(METRICS, is_switch=True),
     "enable_wandb_log": UnsupportedName(METRICS, is_switch=True),

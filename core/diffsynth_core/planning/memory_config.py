@@ -69,4 +69,5 @@ def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
         trained_dtype=plan.training.dtype,
         fused_backward=parameters.fused_backward,
         optimizer_on_host=parameters.enable_optimizer_cpu_offload,
+        blocks_to_swap=parameters.blocks_to_swap if isinstance(parameters.blocks_to_swap, int) else 0,
     )

@@ -13,6 +13,7 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem, collect_problems, report, report_missing
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
+from diffsynth_core.planning.block_swap import with_number_of_blocks
 from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
@@ -85,6 +86,7 @@ class RunPlan:
         missing: missing files, dataset or device. Such a plan can be displayed but not executed; without a dataset it
             has no samples.
         family_defaults: parameters that are at a default of this family only.
+        blocks_chosen_for: bytes of GPU memory for which `blocks_to_swap` was chosen, if it was `auto`.
         warnings: nothing prevents the run, but this should be checked before GPU hours are spent.
     """
 
@@ -97,6 +99,7 @@ class RunPlan:
     found_encodings: EncodingsPlan | None = None
     missing: tuple[Problem, ...] = ()
     family_defaults: tuple[str, ...] = ()
+    blocks_chosen_for: int | None = None
     warnings: tuple[Problem, ...] = ()
 
     @property
@@ -145,6 +148,8 @@ def make_plan(
             resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
             parameters = resolved.parameters
         training = _find_training(parameters, found, resolved.invalid) if found else None
+        if found and training:
+            parameters = with_number_of_blocks(parameters, found, training)
         optimizer = _choose_optimizer(resolved, parameters)
         fused_lora = find_fused_lora(parameters, found) if found else None
         no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
