@@ -8,7 +8,7 @@ embeddings and convolutions, which are small, or are added or looked up without 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +87,19 @@ class _LinearOfStored(torch.autograd.Function):
         return gradient.matmul(wide).to(ctx.input_dtype), None
 
 
+class WeightSource(Protocol):
+    """Where weights wait that are not on the device."""
+
+    def fetch(self, layer: "StoredLinear") -> Mapping[str, Tensor]:
+        """Return the tensors that keep the weight of a layer, on the device of the computation."""
+
+
 class StoredLinear(nn.Linear):
     """A frozen linear layer that keeps its weight in a format, as tensors named by the format.
 
     Attributes:
         format: of the weight.
+        source: where the weight waits; None: its tensors are a parameter and buffers of the layer.
         compute_dtype: dtype of the computation; under autocast that of autocast, as for any linear layer.
     """
 
@@ -110,6 +118,7 @@ class StoredLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.format, self.compute_dtype = format, compute_dtype
+        self.source: WeightSource | None = None
         if tensors is None:
             tensors = format.empty(layer.out_features, layer.in_features, compute_dtype)
         for name in format.names:
@@ -121,8 +130,18 @@ class StoredLinear(nn.Linear):
         self.bias = layer.bias
         self.train(layer.training)
 
+    def fetch_from(self, source: WeightSource) -> None:
+        """Have the weight wait elsewhere. Its tensors are neither parameter nor buffer from now on, which processes
+        would communicate, and a module would move to the device.
+        """
+        for name in self.format.names:
+            delattr(self, name)
+        self.source = source
+
     def fetch(self) -> Mapping[str, Tensor]:
         """Return the tensors that keep the weight, on the device of the computation."""
+        if self.source is not None:
+            return self.source.fetch(self)
         found = {name: getattr(self, name) for name in self.format.names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 

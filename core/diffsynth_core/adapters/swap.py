@@ -58,9 +58,7 @@ class HostUnit:
             size = math.prod(shape) * dtype.itemsize
             return memory[start : start + size].view(dtype).view(shape)
 
-        return {
-            layer: {name: view(*place) for name, place in places.items()} for layer, places in self._places.items()
-        }
+        return {layer: {name: view(*place) for name, place in places.items()} for layer, places in self._places.items()}
 
 
 @dataclass(eq=False)

@@ -1,11 +1,13 @@
 """Loading components: the module is built and prepared on the meta device, and filled tensor by tensor."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import base_layers, start_lora
+from diffsynth_core.adapters.stored import PlainFormat, StoredLinear
+from diffsynth_core.adapters.swap import BlockSwap
 from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.bases import part_of, shapes_in
@@ -115,9 +117,9 @@ def load_component(
     The order is the same for all engines: the module is built and prepared on the meta device, then filled. Each tensor
     is read, converted and placed separately, so that there is never a second copy of the model in memory. Buffers keep
     their own dtype, because a rotary table rounded to bfloat16 is off by up to half a radian; so do weights in the
-    family's `fp32_modules`. The weight store of the files keeps what it can of the weights of its layers, and the rest
-    is reported. Weights that the files store with a scale per row or per tensor keep both if the store does; otherwise
-    they are dequantized first.
+    family's `fp32_modules`. Weights that wait in host memory are filled there. The weight store of the files keeps what
+    it can of the weights of its layers, and the rest is reported. Weights that the files store with a scale per row or
+    per tensor keep both if the store does; otherwise they are dequantized first.
 
     Args:
         dtype: dtype of the weights, and of the computation with weights that the store keeps.
@@ -134,6 +136,7 @@ def load_component(
     store = find_store(files.storage)
     buffers = frozenset(name for name, _ in module.named_buffers())
     replaced = swap_layers(facts, module, store, dtype)
+    waiting = [[_stored_layer(module, name, dtype) for name in names] for names in setup.swapped]
     prepare_component(family, files.component, module, setup)
 
     def dtype_of(name: str) -> torch.dtype | None:
@@ -142,6 +145,8 @@ def load_component(
         return torch.float32 if name in float32 or facts.stays_float32(name) else dtype
 
     filler = _Filler(module, store, replaced, device, place)
+    if waiting:
+        filler.swap_out(setup.swapped, waiting)
     _fill(filler, files, dtype_of, change, reporter)
     if filler.rejected:
         reporter.info(
@@ -191,13 +196,23 @@ class _Filler:
         self._module, self._store, self._device, self._place = module, store, device, place
         self._replaced = {f"{name}.weight": layer for name, layer in replaced.items()}
         self._paths = base_layers(module)
+        self._waiting: dict[str, StoredLinear] = {}
         self.rejected: list[str] = []
         """Weights that the store cannot keep."""
+
+    def swap_out(self, names: Sequence[Sequence[str]], layers: Sequence[Sequence[StoredLinear]]) -> None:
+        """Have the weights of layers wait in host memory, in the groups that are copied together."""
+        self._swap = BlockSwap(layers)
+        for group, found in zip(names, layers, strict=True):
+            self._waiting |= {f"{name}.weight": layer for name, layer in zip(group, found, strict=True)}
 
     def put(self, name: str, value: Tensor, dtype: torch.dtype | None) -> None:
         """Set a tensor; None: in its own dtype."""
         # A copy: a view of the file's memory would tie the model to a file that may be overwritten.
-        self._set(name, value.to(device=self._device, dtype=dtype, copy=True))
+        if layer := self._waiting.get(name):
+            self._swap.fill(layer, {"stored": value.to(device="cpu", dtype=dtype, copy=True)})
+        else:
+            self._set(name, value.to(device=self._device, dtype=dtype, copy=True))
 
     def has_place(self, name: str) -> bool:
         """Return whether a tensor is a weight in a layer of the store."""
@@ -213,11 +228,16 @@ class _Filler:
 
     def store(self, name: str, weight: Tensor, scale: Tensor | None = None) -> bool:
         """Have the store keep a weight in its layer; return False, and put the former layer back, if it cannot."""
-        packed = self._store.pack(weight.to(self._device), None if scale is None else scale.to(self._device))
+        layer = self._waiting.get(name)
+        device = torch.device("cpu") if layer else self._device
+        packed = self._store.pack(weight.to(device), None if scale is None else scale.to(device))
         if packed is None:
             self.rejected.append(name)
             self._restore(name)
             return False
+        if layer:
+            self._swap.fill(layer, packed)
+            return True
         for leaf, tensor in packed.items():
             self._set(f"{name.removesuffix('weight')}{leaf}", tensor)
         return True
@@ -227,6 +247,9 @@ class _Filler:
         self._place(self._module, f"{self._paths[layer]}.{leaf}".removeprefix("."), tensor)
 
     def _restore(self, name: str) -> None:
+        if layer := self._waiting.get(name):
+            layer.format = PlainFormat()
+            return
         plain, path = self._replaced[name], self._paths[name.removesuffix(".weight")]
         swapped = self._module.get_submodule(path)
         assert isinstance(swapped, nn.Linear)
@@ -255,6 +278,16 @@ def swap_layers(
         replaced[name] = layer
         module.set_submodule(name, store.empty_layer(layer, dtype))
     return replaced
+
+
+def _stored_layer(module: nn.Module, name: str, dtype: torch.dtype) -> StoredLinear:
+    """Return a linear layer that can fetch its weight, put in the place of a plain one."""
+    layer = module.get_submodule(name)
+    if not isinstance(layer, StoredLinear):
+        assert type(layer) is nn.Linear, f"{name} is {type(layer).__name__}"
+        layer = StoredLinear(layer, PlainFormat(), dtype)
+        module.set_submodule(name, layer)
+    return layer
 
 
 def stored_layers(facts: ComponentFacts, module: nn.Module, store: WeightStore) -> frozenset[str]:

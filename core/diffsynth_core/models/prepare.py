@@ -18,6 +18,7 @@ class ComponentSetup:
     `lora_modules`: public names of the modules that carry a LoRA of this `rank`, or of the rank of each.
     `public_keys`: public names -> names in the module. `seed`: of the LoRA's initial weights.
     `checkpointing`: the backward pass recomputes activations (gradient checkpointing).
+    `swapped`: linear layers whose weights wait in host memory, in the groups that are copied together.
     """
 
     trained: frozenset[str] = frozenset()
@@ -26,6 +27,7 @@ class ComponentSetup:
     rank: int | Mapping[str, int] = 0
     seed: int = 0
     checkpointing: bool = False
+    swapped: tuple[tuple[str, ...], ...] = ()
 
 
 FROZEN = ComponentSetup()

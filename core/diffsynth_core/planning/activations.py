@@ -13,6 +13,7 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import ENCODED_AT_ONCE
 from diffsynth_core.models.spec import EncoderFacts, is_below
+from diffsynth_core.planning.block_swap import units_of_blocks
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
 
@@ -35,6 +36,8 @@ def component_setup(plan: RunPlan, name: str, parameters: Collection[str], rank:
     from diffsynth_core.models.prepare import ComponentSetup
 
     settings, layout = plan.parameters, plan.model.components[name].layout
+    blocks = settings.blocks_to_swap if name == plan.model.facts.denoiser else 0
+    assert isinstance(blocks, int), "`auto` is resolved in planning"
     return ComponentSetup(
         trainable_weights(plan, name, parameters),
         plan.training.lora_modules if name == plan.training.lora_component else (),
@@ -42,6 +45,7 @@ def component_setup(plan: RunPlan, name: str, parameters: Collection[str], rank:
         rank,
         settings.seed,
         settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload,
+        units_of_blocks(plan.model, plan.training, blocks, settings.cpu_offload_split_threshold),
     )
 
 

@@ -65,9 +65,7 @@ def with_number_of_blocks(parameters: Parameters, model: ModelPlan, training: Tr
     return parameters.model_copy(update={"blocks_to_swap": len(blocks), "enable_model_cpu_offload": False})
 
 
-def _problems(
-    name: str, asked: object, blocks: tuple[str, ...], model: ModelPlan, training: Training
-) -> list[Problem]:
+def _problems(name: str, asked: object, blocks: tuple[str, ...], model: ModelPlan, training: Training) -> list[Problem]:
     """Return why so many blocks cannot be swapped."""
     denoiser = model.facts.denoiser
     if not model.facts.component(denoiser).blocks:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from diffsynth_core.config.choices import COMPUTE_DTYPES, TrainedDtype
+from diffsynth_core.config.choices import COMPUTE_DTYPES, SWAP_BUFFERS, TrainedDtype
 from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
@@ -22,6 +22,7 @@ from diffsynth_core.planning.activations import (
     step_components,
     trainable_weights,
 )
+from diffsynth_core.planning.block_swap import units_of_blocks
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.plan import RunPlan
@@ -52,6 +53,8 @@ class TrainingMemory:
     `update`: what the optimizer works with in its step, when activations and casts are gone, or in the passes with a
     fused backward pass.
     `on_host`: what waits in host memory for the backward pass.
+    `swap_buffers`: room for weights that are copied from host memory; `weights` is without all that wait there.
+    `swapped`: weights that wait in host memory.
     """
 
     weights: Mapping[str, int]
@@ -63,6 +66,8 @@ class TrainingMemory:
     on_host: int
     update: int
     updated_in_passes: bool = False
+    swap_buffers: int = 0
+    swapped: int = 0
 
     @property
     def update_is_fullest(self) -> bool:
@@ -72,7 +77,8 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """Peak bytes: what lasts, and the larger of the passes and the update of a step."""
-        lasting = sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer
+        weights = sum(self.weights.values()) + self.swap_buffers
+        lasting = weights + self.adapters + self.gradients + self.optimizer
         passes = self.activations + self.autocast_weights
         return lasting + (passes + self.update if self.updated_in_passes else max(passes, self.update))
 
@@ -239,11 +245,16 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     on_host = kept if config.offload and config.device != "cpu" else 0
     block, casts = 0, 0
     if config.recompute:
-        block = activations.largest_block + (activations.block_inputs if on_host else 0)
+        # Beside the inputs of the block that is recomputed are those of the next one, which come back meanwhile.
+        block = activations.largest_block + (2 * activations.block_inputs if on_host else 0)
         early = plan.parameters.gradient_accumulation_steps > 1 or plan.machine.world_size > 1
         casts = activations.autocast_weights if early and activations.autocast_weights > block else 0
+    weights = {name: weight_bytes(plan, name, config) for name in sorted(names)}
+    units = swapped_bytes(plan, config)
+    if units:
+        weights[plan.model.facts.denoiser] -= sum(units)
     return TrainingMemory(
-        weights={name: weight_bytes(plan, name, config) for name in sorted(names)},
+        weights=weights,
         adapters=adapters * BYTES["float32"],
         gradients=max(gradients, default=0) if config.fused_backward else sum(gradients),
         optimizer=0 if config.optimizer_on_host else config.optimizer.state_bytes(shapes),
@@ -252,11 +263,13 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         on_host=on_host,
         update=update_bytes(plan, config),
         updated_in_passes=config.fused_backward,
+        swap_buffers=max(units, default=0) * min(SWAP_BUFFERS, len(units)),
+        swapped=sum(units),
     )
 
 
 def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
-    """Bytes of a component's weights: float32 where they train, else as the run keeps them."""
+    """Bytes of a component's weights, wherever they are: float32 where they train, else as the run keeps them."""
     shapes = plan.model.shapes.get(component, {})
     files = plan.model.components.get(component)
     trained = (
@@ -265,20 +278,34 @@ def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     return frozen_bytes(plan, component, config.precision, config.storage.get(component, "plain"), trained)
 
 
+def swapped_bytes(plan: RunPlan, config: MemoryConfig) -> list[int]:
+    """Bytes of each group of the denoiser's weights that wait in host memory and are copied together."""
+    denoiser, split = plan.model.facts.denoiser, plan.parameters.cpu_offload_split_threshold
+    units = units_of_blocks(plan.model, plan.training, config.blocks_to_swap, split)
+    sizes = bytes_of_weights(plan, denoiser, config.precision, config.storage.get(denoiser, "plain")) if units else {}
+    return [sum(sizes[f"{layer}.weight"] for layer in unit) for unit in units]
+
+
 def frozen_bytes(
     plan: Planned, component: str, precision: str, storage: str, trained: frozenset[str] = frozenset()
 ) -> int:
     """Bytes of a component's weights in a weight store; those in `trained`, by module key, are float32."""
-    low = BYTES[COMPUTE_DTYPES[precision]]
-    shapes = plan.model.shapes.get(component)
-    if not shapes:
-        return count_parameters(plan, component) * low
+    if not plan.model.shapes.get(component):
+        return count_parameters(plan, component) * BYTES[COMPUTE_DTYPES[precision]]
+    return sum(bytes_of_weights(plan, component, precision, storage, trained).values())
+
+
+def bytes_of_weights(
+    plan: Planned, component: str, precision: str, storage: str, trained: frozenset[str] = frozenset()
+) -> dict[str, int]:
+    """Bytes of each weight of a component whose shapes are known, by module key; as `frozen_bytes`."""
+    shapes, low = plan.model.shapes[component], BYTES[COMPUTE_DTYPES[precision]]
     fp32 = {*filter(plan.model.facts.component(component).stays_float32, shapes), *trained}
     store = find_store(storage)
     layers = filter(store.takes, layers_of_blocks(shapes)) if store.bytes_per_weight else ()
     stored = {f"{layer}.weight": store.nbytes(shapes[f"{layer}.weight"]) for layer in layers}
     sizes = {name: math.prod(shape) * (BYTES["float32"] if name in fp32 else low) for name, shape in shapes.items()}
-    return sum((sizes | {name: size for name, size in stored.items() if name not in fp32}).values())
+    return sizes | {name: size for name, size in stored.items() if name not in fp32}
 
 
 def encoding_memory(plan: RunPlan, config: MemoryConfig) -> tuple[EncodingMemory, ...]:
@@ -307,6 +334,8 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
     parts = {f"the largest tensor while it is loaded{of_others}": read_and_converted} if largest else {}
     if memory.training and parameters.initialize_model_on_cpu:
         parts["weights in transfer to the device"] = max(memory.training.weights.values())
+    if memory.training and memory.training.swapped:
+        parts[f"swapped blocks of {plan.model.facts.denoiser}, in each process"] = memory.training.swapped
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
     if memory.training and config.optimizer_on_host:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import load_lora
+from diffsynth_core.adapters.swap import swaps_of
 from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
@@ -41,9 +42,12 @@ class TrainingModule(nn.Module):
         self._online = tuple(part.encoder for part in plan.encodings.encoders if part.online)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
+        self._swaps = swaps_of(self.components)
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """The loss of each sample, `[B]` float32."""
+        for swap in self._swaps:
+            swap.begin(self._device)
         batch, settings = self._encode(micro_batch), self._parameters_of_run
 
         def predict(noisy: Tensor, sigma: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class TrainingModule(nn.Module):
 
     def _encode(self, micro_batch: MicroBatch) -> Encoded:
         """The batch on the device; what encoders in training make is made here, with gradients."""
-        device = next(self.components.parameters()).device
+        device = self._device
         samples = []
         for encoded, raw in zip(micro_batch.encoded, micro_batch.raw, strict=True):
             sample = {name: tensor.to(device, non_blocking=True) for name, tensor in encoded.items()}
@@ -77,6 +81,10 @@ class TrainingModule(nn.Module):
                 sample.update(self._family.encode(encoder, self._known(), scale_pixels(raw[encoder.name], device)))
             samples.append(sample)
         return self._family.collate(samples)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.components.parameters()).device
 
     def _known(self) -> dict[str, Any]:
         return {**dict(self.components.items()), **self._tokenizers}
