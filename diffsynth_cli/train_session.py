@@ -146,7 +146,7 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
     first = next(iter(plans.values()))
     accelerate_config = first.parameters.accelerate_config
     if launching.needs_launch(session.world_size, accelerate_config):
-        session.check_disk(plans)  # without a launcher, `Session.train` does
+        session.check_machine(plans)  # without a launcher, `Session.train` does
         return launching.launch(flags, session.world_size, accelerate_config, first.machine.device)
 
     def announce(stage: str | None, plan: "RunPlan") -> None:

@@ -140,12 +140,15 @@ class Session:
             wanted, base = files_of_stages(self.stages), model_base_path()
             download_missing(wanted, base, plan, self.reporter, messages or self.reporter, show)
 
-    def check_disk(self, plans: Plans) -> None:
-        """Raises: FaultsFound: if the states of a run do not fit the disk of its output folder."""
+    def check_machine(self, plans: Plans) -> None:
+        """Raises: FaultsFound: if the states of a run do not fit the disk of its output folder, or what waits in host
+        memory does not fit there."""
+        from diffsynth_core.planning.host_memory import host_problems
         from diffsynth_core.planning.states_on_disk import state_problems
 
         if plans:
-            raise_if_any(_name_stages({stage: state_problems(plan) for stage, plan in plans.items()}))
+            found = {stage: [*state_problems(plan), *host_problems(plan)] for stage, plan in plans.items()}
+            raise_if_any(_name_stages(found))
 
     def train(
         self, plans: Plans | None = None, stop: "StopRequest | None" = None, announce: Announce = lambda *_: None
@@ -157,13 +160,13 @@ class Session:
             stop: set by a signal; None: Ctrl-C ends the step at once, which loses the steps after the last state.
 
         Raises:
-            FaultsFound: as `plan` and `check_disk`.
+            FaultsFound: as `plan` and `check_machine`.
             Interrupted: after a stop; the state has been saved.
         """
         from diffsynth_core.stop import StopRequest
 
         plans = self.plan() if plans is None else plans
-        self.check_disk(plans)
+        self.check_machine(plans)
         stop = StopRequest() if stop is None else stop  # one that nobody has set is false
         for number, (stage, plan) in enumerate(plans.items()):
             try:

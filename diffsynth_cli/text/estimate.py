@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_cli.text.plan import DEVICES, format_size
+from diffsynth_core.config.choices import SWAP_BUFFERS
 from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.files import free_bytes, model_base_path
 from diffsynth_core.planning.fitting import MemoryFit, find_fit
@@ -81,6 +82,11 @@ def _training_parts(config: MemoryConfig, training: TrainingMemory, optimizer: s
     suffix = f", with the {optimizer} step instead of activations" if training.update_is_fullest else ""
     return {
         **{f"weights of {name}": size for name, size in training.weights.items()},
+        **(
+            {f"swapped blocks while they are on the device, {SWAP_BUFFERS} at a time": training.swap_buffers}
+            if training.swapped
+            else {}
+        ),
         **({"LoRA": training.adapters} if training.adapters else {}),
         "gradient of the largest tensor" if training.updated_in_passes else "gradients": training.gradients,
         f"optimizer state ({optimizer})": training.optimizer,

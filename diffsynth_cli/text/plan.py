@@ -3,17 +3,19 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.config.choices import SWAP_BUFFERS, TRAINING_TIMESTEPS
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import list_names
 from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.planning.block_swap import swappable_blocks
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
+from diffsynth_core.planning.host_memory import shortage_here
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters, file_bytes, has_scales
 from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.progress import Reporter, format_bytes, format_count, pluralize, verb
+from diffsynth_core.progress import Reporter, format_bytes, format_count, format_memory, pluralize, verb
 
 SHOWN_SIZES = 6
 WARNING = "warning: "
@@ -32,6 +34,8 @@ def plan_lines(plan: RunPlan, reporter: Reporter, estimated: bool = False) -> It
     """
     yield from _machine_lines(plan, estimated)
     yield from _component_lines(plan)
+    if plan.task.trains and plan.parameters.blocks_to_swap:
+        yield f"  {swapped_in_words(plan)}"
     yield from _sample_lines(plan)
     if plan.task.trains:
         yield from family_default_lines(plan)
@@ -121,8 +125,8 @@ def _sample_lines(plan: RunPlan) -> Iterator[str]:
 
 
 def warning_lines(plan: RunPlan) -> Iterator[str]:
-    """The notes of a plan; the caller colors the first word."""
-    for warning in plan.warnings:
+    """The notes of a plan, and what this machine lacks for it; the caller colors the first word."""
+    for warning in (*plan.warnings, *shortage_here(plan)):
         yield f"{WARNING}{warning.message}"
         if warning.hint:
             yield f"  hint: {warning.hint}"
@@ -167,6 +171,16 @@ def steps_in_words(plan: RunPlan) -> str:
         f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {samples}; "
         f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {pluralize(plan.machine.world_size, 'process', 'processes')})"
     )
+
+
+def swapped_in_words(plan: RunPlan) -> str:
+    """How many blocks wait in host memory, and why so many."""
+    number, denoiser = plan.parameters.blocks_to_swap, plan.model.facts.denoiser
+    blocks = len(swappable_blocks(plan.model, plan.training))
+    chosen = f", chosen for {format_memory(plan.blocks_chosen_for)} of GPU memory" if plan.blocks_chosen_for else ""
+    of_all = f"{number} of {pluralize(blocks, 'block')}" if blocks else f"{number} blocks"
+    pieces = "in parts" if plan.parameters.cpu_offload_split_threshold is not None else f"{SWAP_BUFFERS} at a time"
+    return f"{of_all} of {denoiser} wait in host memory{chosen}, copied to the device {pieces} while others compute"
 
 
 def start_lines(plan: RunPlan) -> Iterator[str]:

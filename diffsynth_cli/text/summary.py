@@ -13,6 +13,7 @@ from diffsynth_cli.text.plan import (
     list_sizes,
     start_lines,
     steps_in_words,
+    swapped_in_words,
 )
 from diffsynth_core.files import disk_id, free_bytes
 from diffsynth_core.hub.model_files import MissingFiles
@@ -37,6 +38,8 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
         yield _labeled("Trains", _trained(plan))
         for line in family_default_lines(plan):
             yield _labeled("", line)
+        if plan.parameters.blocks_to_swap:
+            yield _labeled("Placement", swapped_in_words(plan))
     missing = [problem for problem in plan.missing if isinstance(problem, MissingFiles)]
     if missing:
         yield _labeled("Missing", _missing(plan, len(missing)))

@@ -17,6 +17,7 @@ VALUES = {
     "float": 0.5,
     "path": "some/path",
     "memory": "24GB",
+    "blocks": "auto",
     "str": "text",
     "comma list": "a,b",
     "number pair": "0.9,0.99",

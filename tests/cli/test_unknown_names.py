@@ -23,11 +23,10 @@ DOCUMENTED = [
 ]  # fmt: skip
 """The documented parameters of DiffSynth-Studio."""
 SWITCHES = [
-    "enable_model_cpu_offload", "enable_tensorboard_log", "enable_swanlab_log",
-    "enable_wandb_log", "enable_csv_log", "enable_lora_hot_loading", "framewise_decoding",
+    "enable_tensorboard_log", "enable_swanlab_log", "enable_wandb_log", "enable_csv_log", "enable_lora_hot_loading", "framewise_decoding",
 ]  # fmt: skip
 WITH_VALUE = [
-    "cpu_offload_split_threshold", "swanlab_project", "wandb_project",
+    "swanlab_project", "wandb_project",
     "dmd2_student_update_freq", "dmd2_guidance_lora_rank", "embedded_guidance",
     "template_model_id_or_path", "audio_processor_path", "resume_from_checkpoint",
 ]  # fmt: skip

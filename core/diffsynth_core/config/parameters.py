@@ -736,6 +736,7 @@ class Parameters(BaseModel):
         changes="speed",
         unit="blocks",
         documented=False,
+        rehearsal_limit=2,
     )
     enable_model_cpu_offload: bool = _setting(
         False,

@@ -57,6 +57,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
             changes |= {setting.name: None for setting in about_files}
     if parameters.max_steps is None:
         changes["max_steps"] = SETTINGS["max_steps"].rehearsal_limit
+    changes |= _fewer_blocks(parameters, reporter)
     variant = variant_of(named, facts, parameters.extra_inputs)
     changes |= _reduced_size(resolved, variant, reporter)
     if not resolved.origin("dataset_base_path").is_given:
@@ -91,6 +92,16 @@ def _draw(folder: Path, variant: Variant) -> Path:
     }
     name = "-".join(["images", *(f"{column}-{most}" for column, most in shown.items())])
     return draw_images(folder / name, shown)
+
+
+def _fewer_blocks(parameters: Parameters, reporter: Reporter) -> dict[str, object]:
+    """Return as many blocks to swap as tiny models have, and report the change."""
+    asked, limit = parameters.blocks_to_swap, SETTINGS["blocks_to_swap"].rehearsal_limit
+    assert limit
+    if asked != "auto" and asked <= limit:
+        return {}
+    reporter.info(f"The rehearsal swaps {limit} blocks (instead of {asked}): its models are tiny")
+    return {"blocks_to_swap": limit}
 
 
 def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:

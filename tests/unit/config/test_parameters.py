@@ -65,6 +65,9 @@ TAKEN = [
         "beta3=none betas=0.9,0.99 d=2 eps=1e-08 fused=true",
     ),
     ("caption_dropout", "0.1", 0.1),
+    ("blocks_to_swap", "auto", "auto"),
+    ("blocks_to_swap", "16", 16),
+    ("blocks_to_swap", 0, 0),
     ("gpu_memory", " 24GB ", "24GB"),
     ("gpu_memory", "79.6 gib", "79.6 gib"),
 ]
@@ -100,6 +103,7 @@ REFUSED = [
         ("quant_options", value)
         for value in ("nf4", "a:", ":nf4", "a:/q", "[]:nf4", "[1]:nf4", "[a:nf4", None, 3, ["a:nf4"])
     ),
+    *(("blocks_to_swap", value) for value in ("", "all", -1, "-1", 1.5, True, None, [1], 2**60)),
     *(("gpu_memory", value) for value in ("24", 24, "", "GB", "-1GB", "24 TB", "1.GB")),
 ]
 

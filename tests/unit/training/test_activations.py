@@ -1,11 +1,14 @@
-"""What waits in host memory for the backward pass: activations, and no weights."""
+"""What waits in host memory for the backward pass: activations, and no weights; and when it is copied."""
+
+from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from diffsynth_core.training.activations import OffloadActivations, is_weight
+from diffsynth_core.adapters.streams import CopyStream
+from diffsynth_core.training.activations import HostActivation, OffloadActivations, is_weight
 
 
 def saved_by(module: nn.Module, value: torch.Tensor, recompute: bool = False) -> list[torch.Tensor]:
@@ -40,3 +43,68 @@ def test_gradients_are_those_of_a_plain_run():
         loss = checkpoint(block, value, use_reentrant=False).sum()
     loss.backward()
     assert all(torch.equal(parameter.grad, one) for parameter, one in zip(block.parameters(), plain, strict=True))
+
+
+class RecordedCopies(CopyStream):
+    """Copies at once, and records the order: tensors are named by their value, which is the same in all of one."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.computations = 0
+
+    def computed(self) -> int:
+        self.computations += 1
+        return self.computations
+
+    def copy(self, target: Tensor, source: Tensor, after: int) -> str:
+        assert after == self.computations, "a copy follows what was computed before it was asked for"
+        target.copy_(source)
+        away = f"away {int(source[0])}"
+        self.log.append(away if away not in self.log else f"back {int(source[0])}")
+        return self.log[-1]
+
+    def wait(self, copied: str) -> None:
+        self.log.append(f"wait for {copied}")
+
+
+def save(copies: CopyStream, count: int) -> list[HostActivation]:
+    saved: list[HostActivation] = []
+    for number in range(1, count + 1):
+        before = ref(saved[-1]) if saved else None
+        saved.append(HostActivation(torch.full((3,), number), torch.empty(3, dtype=torch.int64), copies, before))
+    return saved
+
+
+def test_copies_back_are_one_ahead_of_what_is_asked_for():
+    copies = RecordedCopies()
+    first, second, third = save(copies, 3)
+    assert copies.log == ["away 1", "away 2", "away 3"]
+    assert [int(one.restore()[0]) for one in (third, second, first)] == [3, 2, 1]
+    assert copies.log[3:] == ["back 3", "wait for back 3", "back 2", "wait for back 2", "back 1", "wait for back 1"]
+
+
+def test_all_inputs_of_the_next_block_are_on_their_way_when_those_of_a_block_are_there():
+    """Inputs of a block are asked for in the order in which they were saved."""
+    copies = RecordedCopies()
+    first, second, third, fourth = save(copies, 4)
+    for one in (third, fourth):
+        one.restore()
+    assert copies.log[4:] == ["back 3", "wait for back 3", "back 2", "back 4", "wait for back 4", "back 1"]
+    for one in (first, second):
+        one.restore()
+    assert copies.log[10:] == ["wait for back 1", "wait for back 2"]
+
+
+def test_what_is_asked_for_again_is_copied_again():
+    copies = RecordedCopies()
+    saved = save(copies, 2)
+    assert all(torch.equal(saved[1].restore(), torch.full((3,), 2)) for _ in range(2))
+    assert copies.log[2:].count("back 2") == 2 and copies.log.count("back 1") == 1
+
+
+def test_what_the_graph_has_dropped_is_not_copied_back():
+    copies = RecordedCopies()
+    saved = save(copies, 3)
+    del saved[1]
+    saved[1].restore()
+    assert copies.log[3:] == ["back 3", "wait for back 3"]
