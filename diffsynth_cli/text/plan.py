@@ -179,8 +179,8 @@ def swapped_in_words(plan: RunPlan) -> str:
     blocks = len(swappable_blocks(plan.model, plan.training))
     chosen = f", chosen for {format_memory(plan.blocks_chosen_for)} of GPU memory" if plan.blocks_chosen_for else ""
     of_all = f"{number} of {pluralize(blocks, 'block')}" if blocks else f"{number} blocks"
-    pieces = "in parts" if plan.parameters.cpu_offload_split_threshold is not None else f"{SWAP_BUFFERS} at a time"
-    return f"{of_all} of {denoiser} wait in host memory{chosen}, copied to the device {pieces} while others compute"
+    at_once = f"{SWAP_BUFFERS} {'parts ' if plan.parameters.cpu_offload_split_threshold is not None else ''}at a time"
+    return f"{of_all} of {denoiser} wait in host memory{chosen}; {at_once} are copied to the device"
 
 
 def start_lines(plan: RunPlan) -> Iterator[str]:

@@ -20,13 +20,13 @@ from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop
 from tests.conftest import ENTRIES, MODEL_ID, PLACES
 
-BLOCKS, STEPS = 5, 8
+BLOCKS, STEPS, FEW_STEPS = 5, 8, 2
 FILES = ("epoch-0.safetensors", f"state/step-{STEPS}/optimizer.safetensors", f"state/step-{STEPS}/trained.safetensors")
 IN_PARTS = {"cpu_offload_split_threshold": 0}
 ALONE = {"use_gradient_checkpointing": False}
 KINDS: dict[str, tuple[dict[str, object], ...]] = {
-    "recomputed": ({}, {"blocks_to_swap": 3}, {"enable_model_cpu_offload": True}),
-    "kept": (ALONE, {"blocks_to_swap": 4}, {"blocks_to_swap": 4, **IN_PARTS}),
+    "recomputed": ({"max_steps": STEPS}, {"blocks_to_swap": 3}, {"enable_model_cpu_offload": True}),
+    "kept": ({"max_steps": STEPS, **ALONE}, {"blocks_to_swap": 4, **IN_PARTS}),
     "offloaded": ({"use_gradient_checkpointing_offload": True}, {"blocks_to_swap": 5}),
     "accumulated": ({"gradient_accumulation_steps": 2, "batch_size": 2}, {"blocks_to_swap": 4}),
     "float8": ({"fp8_models": [ENTRIES["dit"]], **ALONE}, {"blocks_to_swap": 4}),
@@ -57,11 +57,11 @@ def plan(base: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
 
     def plan(**flags: object) -> RunPlan:
         given = {"recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "dataset_repeat": 8,
-                 "num_epochs": 1, "max_steps": STEPS, "lora_rank": 4, "learning_rate": 0.01, "device": "cpu",
+                 "num_epochs": 1, "max_steps": FEW_STEPS, "lora_rank": 4, "learning_rate": 0.01, "device": "cpu",
                  "dataset_num_workers": 0, "cache_path": str(folder / "cache"),
                  "output_path": str(folder / str(next(count)))}  # fmt: skip
         if flags.get("task") == "direct_distill":
-            given |= {"dataset_metadata_path": str(distilled), "max_steps": 2}
+            given |= {"dataset_metadata_path": str(distilled)}
         return make_plan(resolve(given | flags), SilentReporter(), base=base)
 
     return plan
@@ -99,12 +99,12 @@ def without(plan) -> Callable[[str], Path]:
 )
 def test_losses_and_weights_are_those_of_a_run_without(plan, without, poisoned, kind, flags):
     ours, theirs = run(plan(**KINDS[kind][0], **flags)), without(kind)
-    assert losses(ours) == losses(theirs) and len(losses(ours)) in (2, STEPS)
+    assert losses(ours) == losses(theirs) and len(losses(ours)) in (FEW_STEPS, STEPS)
     assert written(ours) == written(theirs) and len(written(ours)) >= 3
-    assert len(poisoned) > STEPS
+    assert len(poisoned) > FEW_STEPS
 
 
-@pytest.mark.parametrize("numbers", [(4, 0), (0, 5), (5, 3)])
+@pytest.mark.parametrize("numbers", [(0, 5), (5, 3)])
 def test_a_run_resumes_to_the_bit_with_another_number(plan, without, tmp_path, numbers):
     for steps, number in zip((3, STEPS), numbers, strict=True):
         flags = {"resume": "auto", "max_steps": steps, "save_state_steps": steps, "blocks_to_swap": number}
@@ -115,9 +115,9 @@ def test_a_run_resumes_to_the_bit_with_another_number(plan, without, tmp_path, n
     ]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("flags", [{}, {"fp8_models": [ENTRIES["dit"]]}], ids=["plain", "float8"])
-@pytest.mark.parametrize("number", [3, 5])
+@pytest.mark.parametrize(
+    ("number", "precision", "flags"), [(3, "bf16", {}), (5, "no", {"fp8_models": [ENTRIES["dit"]]})], ids=str
+)
 def test_no_more_is_on_the_device_than_the_estimate_says(plan, monkeypatch, number, flags, precision):
     made = plan(blocks_to_swap=number, mixed_precision=precision, max_steps=1, **flags)
     seen: list[tuple[int, int]] = []

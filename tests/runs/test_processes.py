@@ -117,12 +117,24 @@ def test_two_processes_train_what_one_does_with_accumulation(train, recipe, argu
     assert off < 1e-6
 
 
+IN_PARTS = ("--blocks_to_swap", "2", "--cpu_offload_split_threshold", "0")
+"""All blocks in host memory, layer by layer."""
+
+
+@pytest.mark.long
+def test_two_processes_with_blocks_in_host_memory_train_what_they_train_without(train):
+    without, swapped = train("qwen-image-lora", *OURS), train("qwen-image-lora", (*OURS[0], *IN_PARTS))
+    assert without.keys() == swapped.keys()
+    assert all(torch.equal(tensor, swapped[name]) for name, tensor in without.items())
+
+
 def test_two_processes_share_weights_in_8_bit_floats_and_drop_the_captions_that_one_drops(train):
+    """Those of two processes wait in host memory."""
     dropped = [draw_choice(1, 0.5, 0, 0, sample, repeat) for sample in range(4) for repeat in range(2)]
     assert 2 <= sum(dropped) <= 6, "some of the draws are without their caption"
     changed = ("--fp8_models", f"{ENTRIES['dit']},{ENTRIES['text_encoder']}", "--caption_dropout", "0.5")
     one = train("qwen-image-lora", (*ACCUMULATING, *changed))
-    two = train("qwen-image-lora", ("--num_processes", "2", *changed))
+    two = train("qwen-image-lora", ("--num_processes", "2", *changed, *IN_PARTS))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
 
