@@ -749,7 +749,7 @@ class Parameters(BaseModel):
         None,
         "training",
         "float",
-        "Copy swapped blocks with more parameters than this in parts, which takes less GPU memory for the two that are there at a time; default: always whole blocks",
+        "Copy swapped blocks with more parameters than this in parts, which takes less GPU memory for the two that are there at a time; default: whole blocks (DiffSynth-Studio: single layers)",
         changes="speed",
         unit="2^20 parameters",
         ge=0,

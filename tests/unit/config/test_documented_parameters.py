@@ -20,6 +20,8 @@ DOCUMENTED = [
     ("training", "find_unused_parameters", "bool", False),
     ("training", "weight_decay", "float", 0.01),
     ("training", "enable_optimizer_cpu_offload", "bool", False),
+    ("training", "enable_model_cpu_offload", "bool", False),
+    ("training", "cpu_offload_split_threshold", "float", None),
     ("training", "task", "choice", "sft"),
     ("output", "output_path", "path", "models"),
     ("output", "remove_prefix_in_ckpt", "str", "pipe.dit."),
