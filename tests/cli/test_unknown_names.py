@@ -23,7 +23,8 @@ DOCUMENTED = [
 ]  # fmt: skip
 """The documented parameters of DiffSynth-Studio."""
 SWITCHES = [
-    "enable_tensorboard_log", "enable_swanlab_log", "enable_wandb_log", "enable_csv_log", "enable_lora_hot_loading", "framewise_decoding",
+    "enable_tensorboard_log", "enable_swanlab_log", "enable_wandb_log", "enable_csv_log", "enable_lora_hot_loading",
+    "framewise_decoding",
 ]  # fmt: skip
 WITH_VALUE = [
     "swanlab_project", "wandb_project",

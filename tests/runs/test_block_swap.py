@@ -30,6 +30,8 @@ KINDS: dict[str, tuple[dict[str, object], ...]] = {
     "offloaded": ({"use_gradient_checkpointing_offload": True}, {"blocks_to_swap": 5}),
     "accumulated": ({"gradient_accumulation_steps": 2, "batch_size": 2}, {"blocks_to_swap": 4}),
     "float8": ({"fp8_models": [ENTRIES["dit"]], **ALONE}, {"blocks_to_swap": 4}),
+    "nf4": ({"quant_options": f"{ENTRIES['dit']}:nf4"}, {"blocks_to_swap": 4, **IN_PARTS}),
+    "int8": ({"quant_options": f"{ENTRIES['dit']}:int8", "mixed_precision": "bf16"}, {"blocks_to_swap": 5}),
     "bf16": ({"mixed_precision": "bf16"}, {"blocks_to_swap": 4, **IN_PARTS}),
     "with a text encoder": ({"trainable_models": ["text_encoder"]}, {"blocks_to_swap": 4}),
     "with a block in training": ({"trainable_models": ["dit.transformer_blocks.1"]}, {"blocks_to_swap": 4}),

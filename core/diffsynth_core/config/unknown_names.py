@@ -8,11 +8,6 @@ from diffsynth_core.errors import Problem, suggest
 
 METRICS = "remove it; `metrics.jsonl` in the output folder records loss, learning rate and gradient norm of each step"
 """Hint for options of trackers."""
-MEMORY = (
-    "remove it; `--fp8_models` and `--use_gradient_checkpointing_offload` save GPU memory, "
-    "and `--dry_run --gpu_memory 24GB` finds what fits"
-)
-"""Hint for options that save memory."""
 DISTILLATION = "remove it; the supported distillation is `--task direct_distill`"
 """Hint for options of other distillation methods."""
 CONTINUE = "`--resume auto` resumes the run in `--output_path` at its last step, including the optimizer state"
