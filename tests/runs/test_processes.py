@@ -128,13 +128,20 @@ def test_two_processes_with_blocks_in_host_memory_train_what_they_train_without(
     assert all(torch.equal(tensor, swapped[name]) for name, tensor in without.items())
 
 
-def test_two_processes_share_weights_in_8_bit_floats_and_drop_the_captions_that_one_drops(train):
-    """Those of two processes wait in host memory."""
+STORED = [
+    pytest.param(("--fp8_models", f"{ENTRIES['dit']},{ENTRIES['text_encoder']}"), IN_PARTS, id="8-bit floats"),
+    pytest.param(("--quant_options", f"{ENTRIES['dit']}:nf4"), (), id="nf4", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("stored", "placed"), STORED)
+def test_two_processes_share_stored_weights_and_drop_the_captions_that_one_drops(train, stored, placed):
+    """Those in 8-bit floats wait in host memory where there are two processes."""
     dropped = [draw_choice(1, 0.5, 0, 0, sample, repeat) for sample in range(4) for repeat in range(2)]
     assert 2 <= sum(dropped) <= 6, "some of the draws are without their caption"
-    changed = ("--fp8_models", f"{ENTRIES['dit']},{ENTRIES['text_encoder']}", "--caption_dropout", "0.5")
+    changed = (*stored, "--caption_dropout", "0.5")
     one = train("qwen-image-lora", (*ACCUMULATING, *changed))
-    two = train("qwen-image-lora", ("--num_processes", "2", *changed, *IN_PARTS))
+    two = train("qwen-image-lora", ("--num_processes", "2", *changed, *placed))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
 
