@@ -27,3 +27,21 @@ def test_all_are_reported_together(refuse):
     assert code == 2
     named = ("gradient_accumulation_steps", "max_grad_norm", "fp16 skips", "fp16` needs a GPU")
     assert [name for name in named if not any(name in str(message) for message, _ in problems)] == []
+
+
+SWAP = ("--blocks_to_swap", 2)
+GOOD = (*SWAP, FUSED, "--use_gradient_checkpointing")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "hint"),
+    [
+        ((*SWAP, "--use_gradient_checkpointing"), names("blocks_to_swap", "dit train", "only with", "--fused_backward"), names("pass", "--fused_backward", "--blocks_to_swap")),
+        ((*SWAP, "--no-use_gradient_checkpointing"), names("blocks_to_swap", "--fused_backward", "--use_gradient_checkpointing"), names("--fused_backward --use_gradient_checkpointing")),
+        ((*GOOD, "--cpu_offload_split_threshold", 1), names("cpu_offload_split_threshold", "as a whole"), names("remove it")),
+        (("--blocks_to_swap", 3, *GOOD[2:]), names("blocks_to_swap", "3", "2 blocks"), names("--blocks_to_swap 2")),
+    ],
+)  # fmt: skip
+def test_blocks_that_cannot_train_from_host_memory(refuse, flags, message, hint):
+    code, problems = refuse(*flags, recipe="qwen-image-full")
+    assert (code, problems) == (2, [(message, hint)])

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.planning.memory import device_memory
+from diffsynth_core.planning.memory import device_memory, host_memory
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
@@ -20,6 +21,7 @@ from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.engine import FusedEngine
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.model import TrainingModule
+from tests.parity.float8_runs import plan_step
 
 FUSED, ON_HOST = {"fused_backward": True}, {"enable_optimizer_cpu_offload": True}
 WAYS = {"fused": FUSED, "on host": ON_HOST, "fused, on host": FUSED | ON_HOST}
@@ -159,3 +161,57 @@ def test_weights_are_not_saved_after_a_fault_in_the_backward_pass(run, tmp_path,
         run("out", **KINDS["lora"], **FUSED, save_state_steps=2)
     assert [path.name for path in (tmp_path / "out/state").iterdir()] == ["step-2"]
     check_equal(run("through", **KINDS["lora"]), run("out", **KINDS["lora"], **FUSED, resume="auto"))
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["inputs kept", "inputs offloaded"])
+def test_blocks_that_train_from_host_memory_compute_the_same_to_the_bit(run, offload):
+    given = {**KINDS["full"], "use_gradient_checkpointing": True, "use_gradient_checkpointing_offload": offload}
+    plain = run("plain", **given)
+    for number in (1, 2):
+        check_equal(plain, run(f"swapped-{number}", **given, **FUSED, blocks_to_swap=number))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("recipe", ["wan2.1-t2v-1.3b-full", "flux.1-dev-full", "flux.2-klein-4b-full"])
+def test_blocks_of_every_family_train_from_host_memory(recipe, tmp_path):
+    """In bf16, where autocast and weights that stay float32 meet."""
+    given = {"mixed_precision": "bf16", "max_steps": 2, "use_gradient_checkpointing": True, "learning_rate": 1e-3}
+    folders = [
+        train(
+            plan_step(recipe, tmp_path, **given, **way, output_path=tmp_path / name), SilentReporter(), StopRequest()
+        ).folder
+        for name, way in (("plain", {}), ("swapped", FUSED | {"blocks_to_swap": 2}))
+    ]
+    assert figures(folders[0]) == figures(folders[1])
+    names = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*.safetensors"))
+    assert len(names) == 3 and all(
+        (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names
+    )
+
+
+def test_blocks_that_wait_are_counted_on_the_host(plan, monkeypatch):
+    """With the state of their optimizer; and no more is on the device than the estimate says."""
+    swapped = plan("swapped", **KINDS["full"], **FUSED, use_gradient_checkpointing=True, blocks_to_swap=2, max_steps=1)
+    usual = plan("usual", **KINDS["full"], **FUSED, use_gradient_checkpointing=True, max_steps=1)
+    run, config = find_workload(swapped), memory_config(swapped, find_workload(swapped).largest)
+    memory, before = device_memory(swapped, config), device_memory(usual, replace(config, blocks_to_swap=0)).training
+    after = memory.training
+    assert before.optimizer - after.optimizer == 2 * after.swapped  # two moments in float32
+    assert host_memory(swapped, config, memory, run.encoded)["optimizer state"] == 2 * after.swapped
+    assert before.weights["dit"] - after.weights["dit"] == after.swapped
+    assert 1 < after.swap_buffers / after.swapped < 1.2  # the last block has fewer weights that take gradients
+
+    resident, states = [], []
+    begin = FusedEngine.begin
+
+    def counting(self: FusedEngine, rate: float, number: int) -> None:
+        begin(self, rate, number)
+        weights = self._trained.values()
+        resident.append(sum(weight.nbytes for weight in weights if weight not in self._swap))
+        states.append(self._one_by_one)
+
+    monkeypatch.setattr(FusedEngine, "begin", counting)
+    train(swapped, SilentReporter(), StopRequest())
+    assert resident == [after.weights["dit"]]
+    waiting = [weight for weight in states[0]._parts if states[0].state_waits(weight)]
+    assert sum(weight.nbytes for weight in waiting) == after.swapped

@@ -168,8 +168,8 @@ def _restore_optimizer(
         parameter = trained[name]
         on_host = kind == "step" and id(parameter) not in counted_on_device
         # Copied, because tensors of load_file are mapped to a file that a later save removes.
-        if isinstance(optimizer, PerParameterOptimizer) and optimizer.state_on_host and is_moved(value):
-            optimizer.state[parameter][kind] = host_copy(value, parameter.device)
+        if isinstance(optimizer, PerParameterOptimizer) and optimizer.state_waits(parameter) and is_moved(value):
+            optimizer.state[parameter][kind] = host_copy(value, optimizer.device)
         else:
             optimizer.state[parameter][kind] = value.to("cpu" if on_host else parameter.device, copy=True)
     for name, kinds in values.parameters.items():

@@ -732,7 +732,7 @@ class Parameters(BaseModel):
         0,
         "training",
         "blocks",
-        "Keep the linear layers of this many frozen blocks of the denoiser, evenly spread, in host memory, and copy each block to the device while others compute; two are there at a time. auto: the fewest with which the run fits in `gpu_memory`",
+        "Keep the linear layers of this many frozen blocks of the denoiser, evenly spread, in host memory, and copy each block to the device while others compute; two are there at a time. If all blocks train: their weights and optimizer state, with `fused_backward` and gradient checkpointing. auto: the fewest with which the run fits in `gpu_memory`",
         changes="speed",
         unit="blocks",
         documented=False,
@@ -742,7 +742,7 @@ class Parameters(BaseModel):
         False,
         "training",
         "bool",
-        "Swap all frozen blocks of the denoiser, like the largest possible `blocks_to_swap`; the name of DiffSynth-Studio, which moves weights that train as well",
+        "Swap all blocks of the denoiser that can be, like the largest possible `blocks_to_swap`; the name of DiffSynth-Studio",
         changes="speed",
     )
     cpu_offload_split_threshold: Number | None = _setting(

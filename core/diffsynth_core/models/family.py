@@ -179,8 +179,15 @@ class Family(ABC):
             `[B, 3, F, H, W]` float32 in [-1, 1].
         """
 
-    def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
-        """Enable gradient checkpointing in a component, if its class supports it: diffusers' video VAEs do not."""
+    def checkpoint_gradients(
+        self, component: str, module: nn.Module, function: Callable[..., Any] | None = None
+    ) -> None:
+        """Enable gradient checkpointing in a component, if its class supports it: diffusers' video VAEs do not.
+
+        Args:
+            function: of a denoiser: calls a block, (block, inputs) -> outputs, and repeats it in the backward pass;
+                None: that of torch.
+        """
         from diffusers.models.modeling_utils import ModelMixin
         from transformers import PreTrainedModel
 
@@ -190,7 +197,7 @@ class Family(ABC):
             module.train()
         elif isinstance(module, ModelMixin):
             with suppress(ValueError):  # raised by classes without support
-                module.enable_gradient_checkpointing()
+                module.enable_gradient_checkpointing(function)
 
     @abstractmethod
     def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:

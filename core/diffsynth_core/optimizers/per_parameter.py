@@ -4,7 +4,7 @@ Both do what one optimizer of all parameters does, to the bit, if it updates eac
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,15 +22,25 @@ class PerParameterOptimizer(Optimizer):
     Groups and state are those of one optimizer of all parameters, so that either continues from what the other saved.
 
     Attributes:
-        state_on_host: the state of a parameter waits in host memory, and is on the device of the parameter only while
-            that is updated.
+        device: where parameters are updated; they may be elsewhere meanwhile.
     """
 
-    def __init__(self, make: MakeOptimizer, trained: Mapping[str, nn.Parameter], state_on_host: bool = False) -> None:
-        """Take the groups of the optimizer that `make` creates of all parameters, and create one of each."""
+    def __init__(
+        self,
+        make: MakeOptimizer,
+        trained: Mapping[str, nn.Parameter],
+        device: torch.device,
+        on_host: Collection[str] = (),
+    ) -> None:
+        """Take the groups of the optimizer that `make` creates of all parameters, and create one of each.
+
+        Args:
+            on_host: parameters whose state waits in host memory, and is on the device only while they are updated.
+        """
         whole = make(trained)
         super().__init__(whole.param_groups, whole.defaults)
-        self.state_on_host = state_on_host
+        self.device = device
+        self._on_host = {parameter for name, parameter in trained.items() if name in on_host}
         self._parts = {parameter: make({name: parameter}) for name, parameter in trained.items()}
         self._group_of = {
             parameter: index for index, group in enumerate(self.param_groups) for parameter in group["params"]
@@ -44,25 +54,28 @@ class PerParameterOptimizer(Optimizer):
         self._before = [_options(group) for group in self.param_groups]
         self._after = {}
 
+    def state_waits(self, parameter: nn.Parameter) -> bool:
+        """Return whether the state of a parameter waits in host memory."""
+        return parameter in self._on_host
+
     @torch.no_grad()
     def update(self, parameter: nn.Parameter) -> None:
         """Update one parameter, whose gradient stays."""
         part, index = self._parts[parameter], self._group_of[parameter]
-        kept = self.state[parameter]
-        state = _copies(kept, parameter.device) if self.state_on_host else kept
+        kept, waits = self.state[parameter], self.state_waits(parameter)
+        state = _copies(kept, self.device) if waits else kept
         part.state = defaultdict(dict, {parameter: state})
         part.param_groups = [{**self._before[index], "params": [parameter]}]
         part.step()
         self._after[index] = _options(part.param_groups[0])
         updated = part.state.pop(parameter)
-        self.state[parameter] = _put_back(updated, kept, parameter.device) if self.state_on_host else updated
+        self.state[parameter] = _put_back(updated, kept, self.device) if waits else updated
 
     def finish(self) -> None:
         """End the step: what the updates made of the options holds for the next one."""
         for index, options in self._after.items():
             self.param_groups[index].update(options)
-        devices = {parameter.device.type for parameter in self._parts} if self.state_on_host else set()
-        if devices - {"cpu"}:
+        if self._on_host and self.device.type != "cpu":
             torch.accelerator.synchronize()  # what is copied to host memory may be saved from now on
 
     @torch.no_grad()

@@ -46,12 +46,12 @@ def available_bytes(control_groups: Path = CONTROL_GROUPS) -> int:
 
 
 def host_problems(plan: RunPlan, available: int | None = None) -> list[Problem]:
-    """Return the problem of a run whose swapped blocks take more host memory than there is, which would end it.
+    """Return the problem of a run of which more waits in host memory than there is, which would end it.
 
     Args:
         available: bytes; None: measured.
     """
-    if not plan.task.trains or not plan.parameters.blocks_to_swap:
+    if not plan.task.trains or not (plan.parameters.blocks_to_swap or plan.parameters.enable_optimizer_cpu_offload):
         return []
     run, on_cpu = find_workload(plan), plan.machine.device == "cpu"
     config = replace(

@@ -22,7 +22,7 @@ from diffsynth_core.planning.activations import (
     step_components,
     trainable_weights,
 )
-from diffsynth_core.planning.block_swap import units_of_blocks
+from diffsynth_core.planning.block_swap import trained_blocks, units_of_blocks
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.plan import RunPlan
@@ -179,25 +179,25 @@ def lora_numbers(plan: RunPlan, rank: int) -> int:
 
 def trained_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
     """Shapes of all tensors that take gradients, with a LoRA of this rank."""
-    return lora_shapes(plan, rank) + [shape for shape, _ in _full_shapes(plan, "float32")]
+    return lora_shapes(plan, rank) + [shape for _, shape, _ in _full_shapes(plan, "float32")]
 
 
 def float32_shapes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[tuple[int, ...]]:
     """Shapes of those that train in float32, where weights train in `dtype`."""
-    return lora_shapes(plan, rank) + [shape for shape, rounded in _full_shapes(plan, dtype) if not rounded]
+    return lora_shapes(plan, rank) + [shape for _, shape, rounded in _full_shapes(plan, dtype) if not rounded]
 
 
 def rounded_shapes(plan: RunPlan, dtype: TrainedDtype) -> list[tuple[int, ...]]:
     """Shapes of those that train in bfloat16, where weights train in `dtype`."""
-    return [shape for shape, rounded in _full_shapes(plan, dtype) if rounded]
+    return [shape for _, shape, rounded in _full_shapes(plan, dtype) if rounded]
 
 
-def _full_shapes(plan: RunPlan, dtype: TrainedDtype) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """Yield the shape of each tensor that trains without LoRA, and whether it does so in bfloat16."""
+def _full_shapes(plan: RunPlan, dtype: TrainedDtype) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Yield name and shape of each tensor that trains without LoRA, and whether it does so in bfloat16."""
     for part, shapes in plan.model.shapes.items():
         stays_float32 = plan.model.facts.component(part).stays_float32
         for name in trainable_weights(plan, part, shapes):
-            yield shapes[name], dtype == "bf16" and not stays_float32(name)
+            yield f"{part}.{name}", shapes[name], dtype == "bf16" and not stays_float32(name)
 
 
 def trained_tensor_bytes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[int]:
@@ -208,7 +208,7 @@ def trained_tensor_bytes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[
 
 def update_bytes(plan: RunPlan, config: MemoryConfig) -> int:
     """Bytes that the step works with: for all float32 tensors, and then for the largest of the others; or for the
-    largest of all, with its state if that is on the host.
+    largest of all, with its state if states are on the host.
     """
     optimizer, dtype = config.optimizer, config.trained_dtype
     whole, rounded = float32_shapes(plan, config.rank, dtype), rounded_shapes(plan, dtype)
@@ -216,11 +216,31 @@ def update_bytes(plan: RunPlan, config: MemoryConfig) -> int:
         at_once = optimizer.update_bytes(whole, config.device)
         return max(at_once, ROUNDING_BYTES * max(map(math.prod, rounded), default=0))
 
+    on_host = bool(states_on_host(plan, config))
+
     def state(shape: tuple[int, ...]) -> int:
-        return optimizer.state_bytes([shape]) if config.optimizer_on_host else 0
+        return optimizer.state_bytes([shape]) if on_host else 0
 
     of_whole = [optimizer.update_bytes([shape], config.device) + state(shape) for shape in whole]
     return max([*of_whole, *(ROUNDING_BYTES * math.prod(shape) + state(shape) for shape in rounded)], default=0)
+
+
+def waiting_blocks(plan: RunPlan, config: MemoryConfig) -> list[list[tuple[tuple[int, ...], bool]]]:
+    """Blocks whose trained weights wait in host memory: shape of each weight, and whether it trains in bfloat16."""
+    denoiser = plan.model.facts.denoiser
+    blocks = trained_blocks(plan.model, plan.training, config.blocks_to_swap)
+    weights = list(_full_shapes(plan, config.trained_dtype)) if blocks else []
+    return [
+        [(shape, rounded) for name, shape, rounded in weights if name.startswith(f"{denoiser}.{block}.")]
+        for block in blocks
+    ]
+
+
+def states_on_host(plan: RunPlan, config: MemoryConfig) -> list[tuple[int, ...]]:
+    """Shapes of the tensors whose optimizer state waits in host memory."""
+    if config.optimizer_on_host:
+        return trained_shapes(plan, config.rank)
+    return [shape for block in waiting_blocks(plan, config) for shape, _ in block]
 
 
 def count_trained(plan: RunPlan) -> int:
@@ -235,7 +255,8 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         *plan.model.variant.step_components,
         *plan.training.components,
     } & plan.model.components.keys()
-    adapters, shapes = lora_numbers(plan, config.rank), trained_shapes(plan, config.rank)
+    adapters = lora_numbers(plan, config.rank)
+    state = config.optimizer.state_bytes(trained_shapes(plan, config.rank))
     activations, gradients = (
         step_activations(plan, config),
         trained_tensor_bytes(plan, config.rank, config.trained_dtype),
@@ -257,7 +278,7 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         weights=weights,
         adapters=adapters * BYTES["float32"],
         gradients=max(gradients, default=0) if config.fused_backward else sum(gradients),
-        optimizer=0 if config.optimizer_on_host else config.optimizer.state_bytes(shapes),
+        optimizer=state - config.optimizer.state_bytes(states_on_host(plan, config)),
         activations=kept - on_host + (0 if casts else block),
         autocast_weights=casts,
         on_host=on_host,
@@ -282,6 +303,9 @@ def swapped_bytes(plan: RunPlan, config: MemoryConfig) -> list[int]:
     """Bytes of each group of the denoiser's weights that wait in host memory and are copied together."""
     denoiser, split = plan.model.facts.denoiser, plan.parameters.cpu_offload_split_threshold
     units = units_of_blocks(plan.model, plan.training, config.blocks_to_swap, split)
+    if trained := waiting_blocks(plan, config):
+        low, wide = BYTES["bfloat16"], BYTES["float32"]
+        return [sum(math.prod(shape) * (low if rounded else wide) for shape, rounded in block) for block in trained]
     sizes = bytes_of_weights(plan, denoiser, config.precision, config.storage.get(denoiser, "plain")) if units else {}
     return [sum(sizes[f"{layer}.weight"] for layer in unit) for unit in units]
 
@@ -332,14 +356,14 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
     of_others = f" ({', '.join(unknown)}: unknown without files)" if unknown else ""
     read_and_converted = 2 * largest * BYTES["float32"]  # float32 at most, either
     parts = {f"the largest tensor while it is loaded{of_others}": read_and_converted} if largest else {}
-    if memory.training and parameters.initialize_model_on_cpu:
+    if memory.training and (parameters.initialize_model_on_cpu or waiting_blocks(plan, config)):
         parts["weights in transfer to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.swapped:
         parts[f"swapped blocks of {plan.model.facts.denoiser}, in each process"] = memory.training.swapped
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
-    if memory.training and config.optimizer_on_host:
-        parts["optimizer state"] = config.optimizer.state_bytes(trained_shapes(plan, config.rank))
+    if memory.training and (waiting := states_on_host(plan, config)):
+        parts["optimizer state"] = config.optimizer.state_bytes(waiting)
     if parameters.dataset_num_workers and plan.data.samples.samples:
         sample = encoded.bytes_in(config.precision) // len(plan.data.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample

@@ -189,7 +189,9 @@ class FusedEngine(ReplicatedEngine):
         optimizer = make_optimizer(self._trained)
         assert isinstance(optimizer, PerParameterOptimizer)
         self._plain = self._one_by_one = optimizer
-        self._module = self._accelerator.prepare(model)
+        self._swap = model.trained_swap
+        # It is on the device already, but for weights that wait in host memory.
+        self._module = self._accelerator.prepare_model(model, device_placement=False)
         self._norms: dict[nn.Parameter, Tensor] = {}
         for parameter in self._trained.values():
             parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]
@@ -213,12 +215,14 @@ class FusedEngine(ReplicatedEngine):
         self._norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self._one_by_one.update(parameter)
         parameter.grad = None
+        self._swap.put_back(parameter)
 
     def gradient_norm(self) -> float:
         norms = [self._norms[parameter] for parameter in self._trained.values() if parameter in self._norms]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def step(self) -> bool:
+        self._swap.release()
         self._one_by_one.finish()
         self._updating = False
         return True

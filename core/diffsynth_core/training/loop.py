@@ -32,6 +32,7 @@ from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
+from diffsynth_core.planning.block_swap import trained_blocks
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
@@ -141,9 +142,12 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
 def make_optimizer(plan: RunPlan, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """Create the optimizer of a run for parameters by name."""
     make, settings = partial(_make_whole, plan), plan.parameters
-    if settings.fused_backward or settings.enable_optimizer_cpu_offload:
-        return PerParameterOptimizer(make, trained, settings.enable_optimizer_cpu_offload)
-    return make(trained)
+    if not (settings.fused_backward or settings.enable_optimizer_cpu_offload):
+        return make(trained)
+    blocks = trained_blocks(plan.model, plan.training, settings.blocks_to_swap)
+    waiting = tuple(f"{plan.model.facts.denoiser}.{block}." for block in blocks)
+    on_host = [name for name in trained if settings.enable_optimizer_cpu_offload or name.startswith(waiting)]
+    return PerParameterOptimizer(make, trained, torch.device(plan.machine.device), on_host)
 
 
 def _make_whole(plan: RunPlan, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
 from diffsynth_core.planning.activations import component_setup
+from diffsynth_core.planning.block_swap import trained_blocks
 from diffsynth_core.planning.encoder_inputs import load_tokenizers, scale_pixels
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize
@@ -21,6 +22,7 @@ from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.objective import SampleDraw
 from diffsynth_core.training.objectives import make_objective
+from diffsynth_core.training.trained_swap import TrainedSwap
 
 
 class TrainingModule(nn.Module):
@@ -32,6 +34,7 @@ class TrainingModule(nn.Module):
         family: Family,
         components: Mapping[str, nn.Module],
         tokenizers: Mapping[str, Any],
+        trained_swap: TrainedSwap,
     ) -> None:
         super().__init__()
         self.components = nn.ModuleDict(components)
@@ -42,7 +45,7 @@ class TrainingModule(nn.Module):
         self._online = tuple(part.encoder for part in plan.encodings.encoders if part.online)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
-        self._swaps = swaps_of(self.components)
+        self._swaps, self.trained_swap = swaps_of(self.components), trained_swap
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """The loss of each sample, `[B]` float32."""
@@ -84,7 +87,7 @@ class TrainingModule(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.components.parameters()).device
+        return next(weight.device for weight in self.components.parameters() if weight not in self.trained_swap)
 
     def _known(self) -> dict[str, Any]:
         return {**dict(self.components.items()), **self._tokenizers}
@@ -104,16 +107,24 @@ def build_training_module(
     training, settings = plan.training, plan.parameters
     components: dict[str, nn.Module] = {}
     tokenizers: dict[str, Any] = {}
-    load_device = torch.device("cpu") if settings.initialize_model_on_cpu else device
+    trained_swap = TrainedSwap((), device)
     for name in plan.model.facts.component_names:
         if name not in training.components and name not in (
             plan.model.facts.denoiser,
             *plan.model.variant.step_components,
         ):
             continue
+        is_denoiser = name == plan.model.facts.denoiser
+        waiting = trained_blocks(plan.model, training, settings.blocks_to_swap) if is_denoiser else ()
+        load_device = torch.device("cpu") if settings.initialize_model_on_cpu or waiting else device
         setup = component_setup(plan, name, plan.model.shapes[name], settings.lora_rank)
         dtype = frozen_dtype(plan.machine.mixed_precision)
-        module = load_for_run(plan, family, name, dtype, load_device, reporter, setup, place).to(device)
+        module = load_for_run(plan, family, name, dtype, load_device, reporter, setup, place)
+        if waiting:
+            trained_swap = TrainedSwap([module.get_submodule(block) for block in waiting], device)
+            family.checkpoint_gradients(name, module, trained_swap.checkpoint)
+        with trained_swap.left_out():
+            module.to(device)
         if name == training.lora_component and settings.lora_checkpoint:
             naming = plan.model.facts.component(name).lora_naming
             filled = load_lora(module, settings.lora_checkpoint, naming, plan.model.components[name].layout.public_keys)
@@ -122,4 +133,4 @@ def build_training_module(
             )
         components[name] = module
         tokenizers.update(load_tokenizers(plan.model, family, name))
-    return TrainingModule(plan, family, components, tokenizers)
+    return TrainingModule(plan, family, components, tokenizers, trained_swap)

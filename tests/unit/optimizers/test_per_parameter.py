@@ -14,6 +14,7 @@ from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from tests.unit.optimizers.test_optimizers import RATES, SHAPES, restore, save, trained
 
+CPU = torch.device("cpu")
 CHOICES = {
     **{name: OptimizerChoice(name, {"weight_decay": 0.01}) for name, spec in OPTIMIZERS.items() if spec.by_tensor},
     "adamw fused": OptimizerChoice("adamw", {"fused": True}),
@@ -67,7 +68,7 @@ def test_weights_and_saved_states_are_those_of_one_optimizer(tmp_path: Path, cho
     folder = None
     for number, (on_host, fused) in enumerate(((False, True), (True, True), (True, False))):
         weights = weights_in(dtype)
-        optimizer = PerParameterOptimizer(make, weights, state_on_host=on_host)
+        optimizer = PerParameterOptimizer(make, weights, CPU, SHAPES if on_host else ())
         if folder:
             restore(folder, weights, optimizer)
         folder = tmp_path / str(number)
@@ -81,7 +82,7 @@ def test_weights_and_saved_states_are_those_of_one_optimizer(tmp_path: Path, cho
 
 def test_a_state_on_the_host_is_updated_in_a_copy_and_put_back():
     weights = trained()
-    optimizer = PerParameterOptimizer(partial(make_whole, OptimizerChoice()), weights, state_on_host=True)
+    optimizer = PerParameterOptimizer(partial(make_whole, OptimizerChoice()), weights, CPU, on_host=SHAPES)
     take_step(weights, optimizer, 0, fused=True)
 
     def memory() -> dict[str, int]:
@@ -101,7 +102,7 @@ def test_a_state_on_the_host_is_updated_in_a_copy_and_put_back():
 @pytest.mark.parametrize("choice", [OptimizerChoice("lion"), OptimizerChoice("came")], ids=["lion", "came"])
 def test_a_step_that_is_counted_in_the_group_is_counted_once(choice):
     weights = trained()
-    optimizer = PerParameterOptimizer(partial(make_whole, choice), weights)
+    optimizer = PerParameterOptimizer(partial(make_whole, choice), weights, CPU)
     for step in range(3):
         take_step(weights, optimizer, step, fused=True)
     assert [group["step"] for group in optimizer.param_groups] == [3]
