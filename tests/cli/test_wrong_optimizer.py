@@ -78,6 +78,18 @@ def test_weights_that_cannot_train_in_bf16(refuse, flags, message, hint):
     assert (code, problems) == (2, [(message, hint)])
 
 
+def test_a_dry_run_plans_bf16_for_a_gpu_and_a_run_needs_one(cli, photographs):
+    """Unless the command names the device; it is the machine that lacks one, not the command that is wrong."""
+    command = ("train", "--recipe", "qwen-image-full", "--trained_dtype", "bf16", "--dataset_base_path", photographs)
+    planned = cli(*command, "--dry_run")
+    assert planned.code == 0 and "GPU in bf16" in planned.out
+    needs = "error: `trained_dtype` `bf16` needs `mixed_precision` bf16, but the run computes in float32"
+    for flags in ((), ("--dry_run", "--device", "cpu")):
+        refused = cli(*command, *flags)
+        assert (refused.code, needs in refused.err) == (1, True), flags
+    assert cli(*command, "--dry_run", "--mixed_precision", "no").code == 2
+
+
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.package])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(refuse, monkeypatch, name):
     package = OPTIMIZERS[name].package

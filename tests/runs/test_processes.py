@@ -28,7 +28,7 @@ RECIPES = {
     "flux.2-klein-4b-lora": (),
     "wan2.1-t2v-1.3b-lora": ("--height", "32", "--width", "48", "--num_frames", "1"),
 }
-"""A recipe of each family, with flags for a small run."""
+"""A recipe of each family, with flags for a small run; other recipes need none."""
 QWEN = ("--recipe", "qwen-image-lora")
 COMMON = ("--dataset_num_workers", "0", "--learning_rate", "0.01", "--device", "cpu")
 
@@ -84,7 +84,7 @@ def train(recipe_models, photographs, tmp_path_factory) -> Callable[..., dict[st
         output = folder / f"out-{len(list(folder.iterdir()))}"
         dataset = ["--dataset_base_path", str(photographs), "--dataset_repeat", "2", "--num_epochs", "1"]
         dataset += ["--dataset_metadata_path", str(metadata)] if recipe.startswith("wan") else []
-        flags = ["--recipe", recipe, *RECIPES[recipe], *dataset, *arguments, "--output_path", str(output)]
+        flags = ["--recipe", recipe, *RECIPES.get(recipe, ()), *dataset, *arguments, "--output_path", str(output)]
         if arguments[:2] == ACCUMULATING:
             train_here(flags, recipe_models(recipe))
         else:
@@ -143,6 +143,29 @@ def test_two_processes_share_stored_weights_and_drop_the_captions_that_one_drops
     one = train("qwen-image-lora", (*ACCUMULATING, *changed))
     two = train("qwen-image-lora", ("--num_processes", "2", *changed, *placed))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+
+
+OPTIMIZERS = ("adafactor", *(pytest.param(name, marks=pytest.mark.long) for name in ("adamw8bit", "came", "muon")))
+"""Those that a last bit of a gradient moves little, unlike Lion, which takes its sign."""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_processes_update_as_one_with_other_optimizers(train, name):
+    """With a state in host memory, in two processes."""
+    flags = ("--optimizer", name, "--learning_rate", "0.001")
+    one = train("qwen-image-lora", (*ACCUMULATING, *flags))
+    two = train("qwen-image-lora", ("--num_processes", "2", *flags, "--enable_optimizer_cpu_offload"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_two_processes_train_weights_in_bf16_as_one_does(train):
+    """They round the same numbers up and down: of all weights, few are off, and those by the distance of neighbors."""
+    flags = ("--trained_dtype", "bf16", "--mixed_precision", "bf16", "--learning_rate", "0.001")
+    one = train("qwen-image-full", (*ACCUMULATING, *flags))
+    two = train("qwen-image-full", ("--num_processes", "2", *flags))
+    off = torch.cat([(one[name].float() - two[name].float()).abs().flatten() for name in one])
+    print(f"{(off > 0).float().mean():.2%} of the weights differ, by at most {off.max():.1e}")
+    assert (off > 0).float().mean() < 0.05 and off.max() < 0.02
 
 
 @pytest.mark.parametrize(
