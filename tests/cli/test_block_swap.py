@@ -53,9 +53,9 @@ def test_auto_is_the_fewest_that_fit(cli, dataset, memory, number):
 FULL = ("--recipe", "qwen-image-full")
 PROBLEMS = {
     "more than there are": (("--blocks_to_swap", 3), names("blocks_to_swap", 3, "dit", "2 blocks"), "--blocks_to_swap 2"),
-    "of a model in training": ((*FULL, "--blocks_to_swap", 1), names("blocks_to_swap", "dit train", "--fused_backward"), "pass --fused_backward"),
+    "of a model in training": ((*FULL, "--blocks_to_swap", 1), names("blocks_to_swap", "dit train", "--fused_backward"), "--fused_backward"),
     "all of a model in training": (
-        (*FULL, "--enable_model_cpu_offload"), names("enable_model_cpu_offload", "--fused_backward"), "pass --fused_backward",
+        (*FULL, "--enable_model_cpu_offload"), names("enable_model_cpu_offload", "--fused_backward"), "--fused_backward",
     ),
     "more than are frozen": (
         ("--blocks_to_swap", 2, "--trainable_models", "dit.transformer_blocks.1"),
