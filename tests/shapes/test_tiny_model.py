@@ -281,7 +281,7 @@ def test_full_training_in_bf16_teaches_it_what_float32_does(dataset, tmp_path, s
         if "nearest" in way:
             monkeypatch.setattr(stochastic_rounding, "round_stochastically", lambda values, key, out: out.copy_(values))
         folder = tmp_path / way.partition(",")[2].strip().replace(" ", "-") / dtype
-        words = ["--recipe", "shapes-full", "--device", "cpu", "--dataset_base_path", dataset, "--batch_size", 24,
+        words = ["train", "--recipe", "shapes-full", "--device", "cpu", "--dataset_base_path", dataset, "--batch_size", 24,
                  "--cache_path", dataset.parent / "cache", "--output_path", folder, "--max_steps", 1000,
                  "--num_epochs", 100, "--save_steps", 1000, "--learning_rate", RATE, "--lr_warmup_steps", 20,
                  "--mixed_precision", "bf16", "--trained_dtype", dtype, "--save_dtype", "float32"]  # fmt: skip
