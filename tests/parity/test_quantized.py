@@ -2,6 +2,7 @@
 LoRA, and the bytes that are planned.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from diffsynth_core.adapters.stored import StoredLinear
-from diffsynth_core.planning.memory import frozen_bytes
+from diffsynth_core.models.weight_store import STORES
+from diffsynth_core.planning.memory import frozen_bytes, training_memory
+from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.sizes import find_workload
 from tests.parity.float8_runs import RECIPES, Step, plan_step
 
 CASES = [
@@ -56,3 +60,13 @@ def test_lora_gradients_are_those_of_the_dequantized_weights(family, method, fol
     plain = step.gradients()
     assert quantized.keys() == plain.keys() and all(gradient.abs().max() > 0 for gradient in plain.values())
     assert cosine_similarity(flat(quantized), flat(plain), dim=0) > 0.9999
+
+
+def test_activations_are_measured_through_every_format(folder):
+    """They are those of plain weights."""
+    plan = plan_step("qwen-image", folder)
+    config = memory_config(plan, find_workload(plan).largest)
+    found = {name: training_memory(plan, replace(config, storage={**config.storage, "dit": name})) for name in STORES}
+    assert len({memory.activations for memory in found.values()}) == 1
+    weights = {name: memory.weights["dit"] for name, memory in found.items()}
+    assert weights["nf4"] < weights["float8"] < weights["fp8"] == weights["int8"] < weights["plain"]
