@@ -360,6 +360,7 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
         parts["weights in transfer to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.swapped:
         parts[f"swapped blocks of {plan.model.facts.denoiser}, in each process"] = memory.training.swapped
+        parts["the largest of them while it is loaded"] = max(swapped_bytes(plan, config))
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
     if memory.training and (waiting := states_on_host(plan, config)):
