@@ -16,11 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffsynth_cli.main import main
 from diffsynth_core.drawing import Drawing
 from diffsynth_core.generation.request import GenerationRequest
 from diffsynth_core.hub.model_folder import shipped_folder
-from diffsynth_core.optimizers import stochastic_rounding
 from tests.killing import TrainingRun
 from tests.shapes.concept import IMAGES, concept_rows, split_keyholes
 from tests.shapes.datasets import write_dataset
@@ -31,8 +29,6 @@ from tests.shapes.scenes import draw_scenes
 from tests.shapes.untrained import FILES, MODEL_ID
 
 Score = Callable[..., tuple[float, float]]
-RATE = 5e-5
-"""Of full training for 1,000 steps."""
 TAUGHT, KEPT = 0.9, 0.9
 """Least share of right keyholes after training, and of right images of known scenes."""
 
@@ -267,26 +263,3 @@ def test_full_training_teaches_it_the_word(dataset, tmp_path, score):
     taught, kept = score(checkpoint=train(dataset, tmp_path / "full", *flags, recipe="shapes-full"))
     print(f"keyholes {taught:.0%}, known scenes {kept:.0%}")
     assert taught >= TAUGHT and kept >= KEPT
-
-
-DTYPES = {"float32": "float32", "bf16": "bf16", "bf16, rounded to nearest": "bf16"}
-"""Way to train -> `trained_dtype`; the last is no way of the product."""
-
-
-@pytest.mark.long
-def test_full_training_in_bf16_teaches_it_what_float32_does(dataset, tmp_path, score, monkeypatch):
-    """At a rate of which rounding to nearest loses most."""
-    taught = {}
-    for way, dtype in DTYPES.items():
-        if "nearest" in way:
-            monkeypatch.setattr(stochastic_rounding, "round_stochastically", lambda values, key, out: out.copy_(values))
-        folder = tmp_path / way.partition(",")[2].strip().replace(" ", "-") / dtype
-        words = ["train", "--recipe", "shapes-full", "--device", "cpu", "--dataset_base_path", dataset, "--batch_size", 24,
-                 "--cache_path", dataset.parent / "cache", "--output_path", folder, "--max_steps", 1000,
-                 "--num_epochs", 100, "--save_steps", 1000, "--learning_rate", RATE, "--lr_warmup_steps", 20,
-                 "--mixed_precision", "bf16", "--trained_dtype", dtype, "--save_dtype", "float32"]  # fmt: skip
-        assert main([str(word) for word in words]) == 0
-        taught[way] = score(checkpoint=folder / "step-1000.safetensors")
-        print(f"{way}: keyholes {taught[way][0]:.0%}, known scenes {taught[way][1]:.0%}", flush=True)
-    assert min(taught["float32"]) >= TAUGHT and min(taught["bf16"]) >= TAUGHT
-    assert taught["bf16, rounded to nearest"][0] < 0.5

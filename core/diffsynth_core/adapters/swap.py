@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.host_memory import allocate, pin
 from diffsynth_core.adapters.stored import StoredLinear
 from diffsynth_core.adapters.streams import CopyStream, Event, copy_stream
 from diffsynth_core.config.choices import SWAP_BUFFERS
+from diffsynth_core.host_memory import allocate, pin
 
 ALIGNMENT = 256
 """Bytes; tensors on a device begin at multiples of it, for kernels that read many bytes at once."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffsynth_core.host_memory import allocate, pin
+
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], Optimizer]
 """Creates the optimizer of parameters by name."""
 Options = dict[str, Any]
@@ -90,10 +92,9 @@ class PerParameterOptimizer(Optimizer):
 
 
 def host_copy(value: Tensor, device: torch.device) -> Tensor:
-    """Return a copy in host memory; pinned, if it is to be copied to and from an accelerator."""
-    pinned = device.type != "cpu"
-    copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned)
-    return copy.copy_(value)
+    """Return a copy in host memory, which is pinned if the device is an accelerator."""
+    memory = pin(allocate(value.nbytes), device) if value.nbytes else torch.empty(0, dtype=torch.uint8)
+    return memory.view(value.dtype).view(value.shape).copy_(value)
 
 
 def is_moved(value: Any) -> bool:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffsynth_core.adapters.host_memory import allocate, pin
 from diffsynth_core.adapters.streams import CopyStream, Event, copy_stream
+from diffsynth_core.host_memory import allocate, pin
 
 
 class WaitingBlock:

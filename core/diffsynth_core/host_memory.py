@@ -36,5 +36,6 @@ def pin(memory: Tensor, device: torch.device) -> Tensor:
             f"the system does not let {format_memory(memory.nbytes)} more of host memory be pinned (CUDA error {failed})",
             "lower `--blocks_to_swap`, or free host memory",
         )
-    weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    # Of the storage, which lives as long as any view of it.
+    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
     return memory
