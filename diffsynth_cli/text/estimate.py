@@ -149,8 +149,8 @@ def candidate_lines(fit: MemoryFit) -> Iterator[str]:
         return
     yield f"Options to fit in {format_memory(fit.limit)}, cheapest first"
     for trial in fit.tried:
-        words = " and ".join(change.words for change in trial.changes)
-        yield f"  {_memory(trial.peak)}  {words}{': fits' if trial.peak <= fit.limit else ''}"
+        fits = ": fits" if trial is fit.tried[-1] and fit.fits else ""
+        yield f"  {_memory(trial.peak)}  {trial.words}{fits}"
 
 
 def verdict_line(fit: MemoryFit) -> str:
@@ -171,7 +171,7 @@ def option_lines(fit: MemoryFit, stage: str | None = None) -> Iterator[str]:
     last = fit.tried[-1]
     tight = f" (tight: {format_memory(fit.left)} left)" if fit.is_tight else ""
     yield f"To make it fit, with a peak of {format_memory(last.peak)}{tight}, pass"
-    flags = [*([f"--only {stage}"] if stage else []), *(change.flag for change in last.changes)]
+    flags = [*([f"--only {stage}"] if stage else []), *(change.flag for change in fit.changes)]
     yield " \\\n".join(f"  {flag}" for flag in flags)
 
 

@@ -63,7 +63,7 @@ class Layout:
 
     def below(self, modules: Collection[str], names: Collection[str]) -> frozenset[str]:
         """Return those of the module keys `names` that are, or are inside, one of `modules` (public names)."""
-        known = [name for name in self.public_keys.to_sources(names) if is_below(name, modules)]
+        known = [name for name in self.public_keys.to_sources(names) if is_below(name, modules)] if modules else ()
         return frozenset(own for name in known for own in self.public_keys.to_targets(name) or ())
 
     def checkpoint_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -63,7 +63,7 @@ def memory_rows(recipe: str) -> Iterator[str]:
 def _in_words(fit: MemoryFit) -> str:
     if not fit.fits:
         return "does not fit"
-    words = "unchanged" if fit.fits_unchanged else "; ".join(change.words for change in fit.tried[-1].changes)
+    words = "unchanged" if fit.fits_unchanged else "; ".join(dict.fromkeys(change.words for change in fit.changes))
     return f"{words} (tight)" if fit.is_tight else words
 
 

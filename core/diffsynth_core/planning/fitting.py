@@ -1,47 +1,55 @@
-"""Whether a run fits the memory of a GPU, and the smallest change of parameters with which it does. No torch."""
+"""Whether a run fits the memory of a GPU, and the cheapest changes of parameters with which it does. No torch."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from shlex import quote
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, reduce
 
-from diffsynth_core.planning.memory import device_memory
+from diffsynth_core.models.encoded_sizes import EncodedSize
+from diffsynth_core.planning.fit_options import (
+    MemoryOption,
+    ParameterChange,
+    memory_options,
+    parameter_changes,
+)
+from diffsynth_core.planning.memory import DeviceMemory, device_memory, host_memory
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import shrink
-from diffsynth_core.progress import pluralize
-
-SHARES = (0.75, 0.5, 0.25)
-"""Of the area of images, and of the length of clips, that are tried."""
-
 
 TIGHT_BYTES = 2**30
 """A run that leaves less than this of the GPU for what is not counted may fail all the same."""
+TRIED_DEGREES = 4
+"""Degrees of an option that are tried while a set that fits is sought; the least that is enough is found at the end."""
 
-
-@dataclass(frozen=True)
-class MemoryOption:
-    """Something to do otherwise: in words, by the flags that do it, quoted for a shell, and as the config they make."""
-
-    words: str
-    flag: str
-    config: MemoryConfig
+NOTHING_ENCODED = EncodedSize()
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Changes together, and the memory of the device at its fullest with them, in bytes."""
+    """Changes together, and the memory that the run takes with them, in bytes: of the device at its fullest, and of
+    the host."""
 
-    changes: tuple[MemoryOption, ...]
+    changes: tuple[ParameterChange, ...]
     peak: int
+    host: int = 0
+
+    @property
+    def words(self) -> str:
+        """What is done otherwise."""
+        return " and ".join(dict.fromkeys(change.words for change in self.changes))
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """Whether a run fits in `limit` bytes, and what was tried, the last of which fits if `fits`."""
+    """Whether a run fits in `limit` bytes, and what was tried, the last of which fits if `fits`.
+
+    Attributes:
+        tried: sets of changes, each of which takes less than the one before; the last is the one to make.
+    """
 
     limit: int
     peak: int
     tried: tuple[Candidate, ...]
+    host_limit: int | None = None
 
     @property
     def fits_unchanged(self) -> bool:
@@ -51,7 +59,14 @@ class MemoryFit:
     @property
     def fits(self) -> bool:
         """As it is, or with the last change that was tried."""
-        return self.fits_unchanged or bool(self.tried and self.tried[-1].peak <= self.limit)
+        return self.fits_unchanged or bool(self.changes)
+
+    @property
+    def changes(self) -> tuple[ParameterChange, ...]:
+        """Those that make it fit, or leave more room if it fits as it is."""
+        last = self.tried[-1] if self.tried else None
+        enough = last and last.peak <= self.limit and (self.host_limit is None or last.host <= self.host_limit)
+        return last.changes if last and enough else ()
 
     @property
     def left(self) -> int:
@@ -64,121 +79,101 @@ class MemoryFit:
         return self.fits and self.left < TIGHT_BYTES
 
 
-def find_fit(plan: RunPlan, config: MemoryConfig, limit: int) -> MemoryFit:
-    """Each change alone, those first that cost the least, then one upon the other, until the run fits.
+@dataclass(frozen=True)
+class _Measured:
+    """A config and its memory; `excess`: bytes above what there is, summed over the stages of the run and the host."""
+
+    config: MemoryConfig
+    peak: int
+    host: int
+    excess: int
+
+
+Degrees = tuple[int, ...]
+"""Of each option the degree to which it is used; 0: not at all."""
+Measure = Callable[[Degrees], _Measured]
+
+
+def find_fit(
+    plan: RunPlan,
+    config: MemoryConfig,
+    limit: int,
+    host_limit: int | None = None,
+    encoded: EncodedSize = NOTHING_ENCODED,
+    options: Sequence[MemoryOption] | None = None,
+) -> MemoryFit:
+    """Find the changes with which a run fits and leaves `TIGHT_BYTES` of the GPU, or else the most it can.
+
+    Options are added in the order of what they cost, until the run fits. Then each is taken back as far as the others
+    allow, beginning with what costs the most, so that no change is left that is not needed.
 
     Args:
         limit: memory of the GPU in bytes.
+        host_limit: memory of the host in bytes; None: as much as is asked for.
+        encoded: of all samples.
+        options: in the order of what they cost; None: all.
     """
-    peak = device_memory(plan, config).peak
-    tried: list[Candidate] = []
-    if peak <= limit:
-        return MemoryFit(limit, peak, ())
-    changes = list(_options(plan, config))
-    for change in changes:
-        reached = device_memory(plan, change.config).peak
-        tried.append(Candidate((change,), reached))
-        if reached <= limit:
-            return MemoryFit(limit, peak, tuple(tried))
-    together, lowest = config, peak
-    made: tuple[MemoryOption, ...] = ()
-    for change in changes:
-        combined = _combined(together, config, change.config)
-        reached = device_memory(plan, combined).peak
-        if reached >= lowest:
-            continue
-        together, made, lowest = combined, _with_option(made, change), reached
-        if len(made) > 1:
-            tried.append(Candidate(made, reached))
-        if reached <= limit:
-            break
-    return MemoryFit(limit, peak, tuple(tried))
+    options = memory_options(plan, config) if options is None else options
+
+    @cache
+    def measure(degrees: Degrees) -> _Measured:
+        changes = [option.degrees[degree - 1] for option, degree in zip(options, degrees, strict=True) if degree]
+        changed = reduce(lambda made, change: change(made), changes, config)
+        memory = device_memory(plan, changed)
+        host = sum(host_memory(plan, changed, memory, encoded).values())
+        return _Measured(changed, memory.peak, host, _excess(memory, host, limit - TIGHT_BYTES, host_limit))
+
+    found = list(_lowering(options, measure))
+    if found and (least := _minimal(found[-1], measure)) != found[-1]:
+        found.append(least)
+    each = [measure(degrees) for degrees in found]
+    tried = [Candidate(parameter_changes(plan, one.config, config), one.peak, one.host) for one in each]
+    return MemoryFit(limit, measure((0,) * len(options)).peak, tuple(tried), host_limit)
 
 
-def _options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
-    """What may be done otherwise, that first which costs the least."""
-    sizes, rank = config.sizes, config.rank
-    if not config.recompute:
-        recomputed = replace(config, recompute=True)
-        yield MemoryOption("recompute activations", "--use_gradient_checkpointing", recomputed)
-    if not config.offload:
-        waiting = replace(config, recompute=True, offload=True)
-        words = "recompute activations, offload block inputs to host memory"
-        yield MemoryOption(words, "--use_gradient_checkpointing_offload", waiting)
-    if sizes.batch > 1:
-        yield MemoryOption("batch size 1", "--batch_size 1", replace(config, sizes=replace(sizes, batch=1)))
-    for name in _rounded(plan):
-        if config.storage[name] != "float8":
-            kept = replace(config, storage={**config.storage, name: "float8"})
-            entries = quote(",".join((*plan.parameters.fp8_models, _entry(plan, name))))
-            yield MemoryOption(f"{name} in 8-bit floats", f"--fp8_models {entries}", kept)
-    for lower in (rank // 2, rank // 4) if plan.training.lora_component else ():
-        if lower:
-            yield MemoryOption(f"rank {lower}", f"--lora_rank {lower}", replace(config, rank=lower))
-    yield from _smaller(plan, config)
+def _excess(memory: DeviceMemory, host: int, limit: int, host_limit: int | None) -> int:
+    """Return the bytes above limits: those of all stages count, since an option may help a stage that is not the
+    fullest."""
+    totals = [stage.total for stage in memory.encoding]
+    totals += [memory.training.total] if memory.training else []
+    return sum(max(0, total - limit) for total in totals) + (0 if host_limit is None else max(0, host - host_limit))
 
 
-def _rounded(plan: RunPlan) -> list[str]:
-    """Components whose weights may be kept in 8-bit floats: those of which no weight trains without LoRA."""
-    changing = {*plan.training.full, *plan.training.parts}
-    return [name for name in plan.model.components if name not in changing and plan.model.shapes.get(name)]
+def _lowering(options: Sequence[MemoryOption], measure: Measure) -> Iterator[Degrees]:
+    """Yield sets of changes, each with less excess than the one before, until there is none or no option lowers it.
 
-
-def _entry(plan: RunPlan, component: str) -> str:
-    """What the model parameters call the files of a component."""
-    return plan.model.components[component].origin.partition(", ")[0]
-
-
-def _smaller(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
-    """Shorter clips, then smaller images."""
-    parameters, target, sizes = plan.parameters, plan.model.variant.target, config.sizes
-    longest = sizes.images[0][0]
-    for share in SHARES if longest > 1 else ():
-        frames = int(longest * share) // target.frame_step * target.frame_step + 1
-        shorter = tuple((min(frames, length), height, width) for length, height, width in sizes.images)
-        fewer = replace(config, sizes=replace(sizes, images=shorter))
-        yield MemoryOption(pluralize(frames, "frame"), f"--num_frames {frames}", fewer)
-    for share in SHARES:
-        smaller = shrink(sizes, share, target.size_factor)
-        _, height, width = smaller.images[0]
-        fixed = parameters.height and parameters.width
-        flag = f"--height {height} --width {width}" if fixed else f"--max_pixels {int(sizes.area * share)}"
-        yield MemoryOption(f"at most {width} x {height}", flag, replace(config, sizes=smaller))
-
-
-def _with_option(made: tuple[MemoryOption, ...], change: MemoryOption) -> tuple[MemoryOption, ...]:
-    """Changes and one more, which takes the place of an earlier one of the same parameter.
-
-    Several components are named in one `fp8_models`.
+    The options are gone through again after each improvement: what waits in host memory may find room there only after
+    another one has made it smaller.
     """
-    parameter = change.flag.split()[0]
-    same = [earlier for earlier in made if parameter.startswith(earlier.flag.split()[0])]
-    others = tuple(earlier for earlier in made if earlier not in same)
-    if parameter == "--fp8_models" and same:
-        words = f"{same[0].words}, {change.words}"
-        change = replace(change, words=words, flag=f"{same[0].flag},{change.flag.partition(' ')[2]}")
-    return (*others, change)
+    chosen, improved = (0,) * len(options), True
+    while improved:
+        improved = False
+        for number, option in enumerate(options):
+            if not measure(chosen).excess:
+                return
+            count = len(option.degrees)
+            tried = {max(1, count * part // TRIED_DEGREES) for part in range(1, TRIED_DEGREES + 1)}
+            found = [_with_degree(chosen, number, degree) for degree in sorted(tried) if degree > chosen[number]]
+            lowest = min([chosen, *found], key=lambda degrees: measure(degrees).excess)
+            if lowest != chosen:
+                chosen, improved = lowest, True
+                yield chosen
 
 
-def _combined(together: MemoryConfig, before: MemoryConfig, changed: MemoryConfig) -> MemoryConfig:
-    """What was changed already, and what a single change made of the config before."""
-    return replace(
-        together,
-        recompute=together.recompute or changed.recompute,
-        offload=together.offload or changed.offload,
-        rank=min(together.rank, changed.rank),
-        storage={**together.storage, **dict(changed.storage.items() - before.storage.items())},
-        sizes=together.sizes
-        if changed.sizes == before.sizes
-        else replace(
-            changed.sizes,
-            batch=min(together.sizes.batch, changed.sizes.batch),
-            images=tuple(map(_least, together.sizes.images, changed.sizes.images)),
-        ),
-    )
+def _minimal(chosen: Degrees, measure: Measure) -> Degrees:
+    """Return the same changes without those, and to lower degrees than those, that are not needed."""
+    enough = measure(chosen).excess
+    for number in reversed(range(len(chosen))):
+        low, high = -1, chosen[number]  # the lowest degree that is enough is above `low`, and at most `high`
+        while high - low > 1:
+            middle = 0 if low < 0 else (low + high) // 2
+            if measure(_with_degree(chosen, number, middle)).excess <= enough:
+                high = middle
+            else:
+                low = middle
+        chosen = _with_degree(chosen, number, high)
+    return chosen
 
 
-def _least(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The fewer frames and the smaller sides of both."""
-    frames, height, width = map(min, one, other)
-    return frames, height, width
+def _with_degree(degrees: Degrees, number: int, degree: int) -> Degrees:
+    return (*degrees[:number], degree, *degrees[number + 1 :])

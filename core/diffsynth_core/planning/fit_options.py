@@ -1,0 +1,211 @@
+"""What may be done otherwise for a run to take less memory, in the order of what it costs. No torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from shlex import quote
+from typing import Any, Literal
+
+from diffsynth_core.config.documents import format_value
+from diffsynth_core.config.origins import DEFAULT
+from diffsynth_core.errors import collect_problems
+from diffsynth_core.models.size_facts import MediaSize
+from diffsynth_core.planning.memory_config import MemoryConfig
+from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer
+from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.sizes import shrink
+from diffsynth_core.progress import pluralize
+
+Cost = Literal["time", "precision", "quality", "scope"]
+"""What an option costs.
+
+- time: nothing else: the same is computed, apart from the order of additions
+- precision: weights or the optimizer's state are rounded, so little that it is rarely seen
+- quality: they are rounded so much, or so much of the state is left out, that it may be seen
+- scope: something else is trained: smaller batches, a LoRA of lower rank, shorter clips, smaller images
+"""
+Change = Callable[[MemoryConfig], MemoryConfig]
+SHARES = (0.75, 0.5, 0.25)
+"""Of the area of images, and of the length of clips, that are tried."""
+
+
+@dataclass(frozen=True)
+class MemoryOption:
+    """Something to do otherwise.
+
+    Attributes:
+        parameters: those that it sets.
+        degrees: what it makes of a config, from the least to the most.
+    """
+
+    cost: Cost
+    parameters: tuple[str, ...]
+    degrees: Sequence[Change]
+
+
+@dataclass(frozen=True)
+class ParameterChange:
+    """A parameter and its new value, in words and as a recipe sets it."""
+
+    words: str
+    parameter: str
+    value: Any
+
+    @property
+    def flag(self) -> str:
+        """The flag that makes the change, quoted for a shell."""
+        return f"--{self.parameter}" if self.value is True else f"--{self.parameter} {quote(format_value(self.value))}"
+
+
+@dataclass(frozen=True)
+class OtherOptimizer:
+    """What takes less memory than the default optimizer, and the parameters that choose it."""
+
+    cost: Cost
+    words: str
+    parameters: Mapping[str, str]
+
+
+OPTIMIZER_PARAMETERS = ("optimizer", "optimizer_args")
+OTHER_OPTIMIZERS = (
+    OtherOptimizer("time", "AdamW step without buffers", {"optimizer_args": "fused=true"}),
+    OtherOptimizer("precision", "8-bit state of AdamW", {"optimizer": "adamw8bit"}),
+    # With `eps[1]` of 1 a step is as large as the learning rate, as that of AdamW is, and not relative to the root mean
+    # square of the weight (torch/optim/_adafactor.py).
+    OtherOptimizer("quality", "Adafactor instead of AdamW", {"optimizer": "adafactor", "optimizer_args": "eps=none,1"}),
+)
+
+
+def memory_options(plan: RunPlan, config: MemoryConfig) -> list[MemoryOption]:
+    """Return what may be done otherwise than a config says, in the order of what it costs."""
+    options = [*_activation_options(config), *_optimizer_options(plan)]
+    options += [*_storage_options(plan, config), *_scope_options(plan, config)]
+    order = ("time", "precision", "quality", "scope")
+    return sorted(options, key=lambda option: order.index(option.cost))
+
+
+def _activation_options(config: MemoryConfig) -> Iterator[MemoryOption]:
+    if not config.recompute:
+        recomputed = partial(replace, recompute=True)
+        yield MemoryOption("time", ("use_gradient_checkpointing",), [recomputed])
+    if not config.offload:
+        waiting = partial(replace, recompute=True, offload=True)
+        yield MemoryOption("time", ("use_gradient_checkpointing_offload",), [waiting])
+
+
+def _optimizer_options(plan: RunPlan) -> Iterator[MemoryOption]:
+    """Yield other optimizers than the default one; whoever chose another one, or its arguments, wants those."""
+    if plan.parameters.optimizer != "adamw" or plan.parameters.optimizer_args:
+        return
+    for other in OTHER_OPTIMIZERS:
+        if choice := _choose(plan, other):
+            yield MemoryOption(other.cost, tuple(other.parameters), [partial(replace, optimizer=choice)])
+
+
+def _choose(plan: RunPlan, other: OtherOptimizer) -> OptimizerChoice | None:
+    """Return the choice of another optimizer; None if other parameters of the run do not go with it."""
+    with collect_problems(missing_apart=True) as problems:
+        choice = choose_optimizer(plan.parameters.model_copy(update=other.parameters), DEFAULT, frozenset())
+    return None if problems else choice
+
+
+def _storage_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
+    """Yield weight stores for components of which no weight trains other than by a LoRA."""
+    changing = {*plan.training.full, *plan.training.parts}
+    for name in plan.model.components:
+        if name not in changing and plan.model.shapes.get(name) and config.storage[name] != "float8":
+            yield MemoryOption("precision", ("fp8_models",), [partial(_stored, component=name, storage="float8")])
+
+
+def _stored(config: MemoryConfig, component: str, storage: str) -> MemoryConfig:
+    return replace(config, storage={**config.storage, component: storage})
+
+
+def _scope_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
+    """Yield a smaller batch, a LoRA of lower rank, shorter clips, then smaller images."""
+    target, sizes, rank = plan.model.variant.target, config.sizes, config.rank
+    if sizes.batch > 1:
+        yield MemoryOption("scope", ("batch_size",), [partial(_at_most, batch=1)])
+    if plan.training.lora_component and rank > 1:
+        ranks = [lower for lower in (rank // 2, rank // 4) if lower]
+        yield MemoryOption("scope", ("lora_rank",), [partial(replace, rank=lower) for lower in ranks])
+    if sizes.images[0][0] > 1:
+        lengths = [int(sizes.images[0][0] * share) // target.frame_step * target.frame_step + 1 for share in SHARES]
+        yield MemoryOption("scope", ("num_frames",), [partial(_at_most, frames=frames) for frames in lengths])
+    areas = [partial(_at_most, images=shrink(sizes, share, target.size_factor).images) for share in SHARES]
+    fixed = plan.parameters.height and plan.parameters.width
+    yield MemoryOption("scope", ("height", "width") if fixed else ("max_pixels",), areas)
+
+
+def _at_most(
+    config: MemoryConfig,
+    batch: int | None = None,
+    frames: int | None = None,
+    images: tuple[MediaSize, ...] = (),
+) -> MemoryConfig:
+    """Return a config whose batch, clips and images are not larger than these."""
+    sizes = config.sizes
+    shapes = tuple(
+        (min(length, frames or length), min(height, most[1]), min(width, most[2]))
+        for (length, height, width), most in zip(sizes.images, images or sizes.images, strict=True)
+    )
+    return replace(config, sizes=replace(sizes, batch=min(sizes.batch, batch or sizes.batch), images=shapes))
+
+
+def parameter_changes(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> tuple[ParameterChange, ...]:
+    """Return the parameters that make one config of another, which is that of the plan."""
+    return tuple(
+        change
+        for changes in (_changed_activations, _changed_optimizer, _changed_storage, _changed_scope)
+        for change in changes(plan, after, before)
+    )
+
+
+def _changed_activations(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
+    if after.offload and not before.offload:
+        words = "offload block inputs to host memory"
+        words = words if before.recompute else f"recompute activations, {words}"
+        yield ParameterChange(words, "use_gradient_checkpointing_offload", True)
+    elif after.recompute and not before.recompute:
+        yield ParameterChange("recompute activations", "use_gradient_checkpointing", True)
+
+
+def _changed_optimizer(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
+    if after.optimizer == before.optimizer:
+        return
+    other = next(other for other in OTHER_OPTIMIZERS if _choose(plan, other) == after.optimizer)
+    for name, value in other.parameters.items():
+        yield ParameterChange(other.words, name, value)
+
+
+def _changed_storage(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
+    rounded = [name for name, storage in after.storage.items() if storage != before.storage[name]]
+    if rounded:
+        entries = (*plan.parameters.fp8_models, *(_entry(plan, name) for name in rounded))
+        yield ParameterChange(f"{', '.join(rounded)} in 8-bit floats", "fp8_models", list(entries))
+
+
+def _entry(plan: RunPlan, component: str) -> str:
+    """Return what the model parameters call the files of a component."""
+    return plan.model.components[component].origin.partition(", ")[0]
+
+
+def _changed_scope(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
+    sizes, old = after.sizes, before.sizes
+    if sizes.batch != old.batch:
+        yield ParameterChange(f"batch size {sizes.batch}", "batch_size", sizes.batch)
+    if after.rank != before.rank:
+        yield ParameterChange(f"rank {after.rank}", "lora_rank", after.rank)
+    frames, height, width = sizes.images[0]
+    if frames != old.images[0][0]:
+        yield ParameterChange(pluralize(frames, "frame"), "num_frames", frames)
+    if sizes.area == old.area:
+        return
+    words = f"at most {width} x {height}"
+    if plan.parameters.height and plan.parameters.width:
+        yield ParameterChange(words, "height", height)
+        yield ParameterChange(words, "width", width)
+    else:
+        factor = plan.model.variant.target.size_factor
+        share = next(share for share in SHARES if shrink(old, share, factor).area == sizes.area)
+        yield ParameterChange(words, "max_pixels", int(old.area * share))
