@@ -30,13 +30,13 @@ from diffsynth_cli.text.plan import WARNING, parameter_lines, plan_lines, warnin
 from diffsynth_cli.text.summary import ALL, summary_lines
 from diffsynth_cli.text.wrapping import terminal_width, wrap_line
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
-from diffsynth_core.config.documents import command_line
-from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.documents import command_line, format_value
+from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import EXIT_DOES_NOT_FIT, DiffSynthError, FaultsFound, Problem
 from diffsynth_core.hub.download_plan import DownloadPlan
 from diffsynth_core.progress import format_bytes, pluralize
-from diffsynth_core.session import Session, StageResult
+from diffsynth_core.session import Plans, Session, StageResult
 
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
@@ -51,8 +51,9 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     """
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     first = stages[0].parameters
-    if first.rehearse and first.gpu_memory:
-        what = "`gpu_memory` has no effect in a rehearsal, whose weights are tiny"
+    about_memory = [name for name in ("gpu_memory", "fit") if stages[0].origin(name).kind == "flag"]
+    if first.rehearse and about_memory:
+        what = f"`{about_memory[0]}` has no effect in a rehearsal, whose weights are tiny"
         raise FaultsFound([Problem(what, "pass it with `--dry_run` and without `--rehearse`", wrong_use=True)])
     try:
         if launching.is_launched():
@@ -147,7 +148,7 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
     accelerate_config = first.parameters.accelerate_config
     if launching.needs_launch(session.world_size, accelerate_config):
         session.check_machine(plans)  # without a launcher, `Session.train` does
-        return launching.launch(flags, session.world_size, accelerate_config, first.machine.device)
+        return launching.launch(_with_fitted(flags, plans), session.world_size, accelerate_config, first.machine.device)
 
     def announce(stage: str | None, plan: "RunPlan") -> None:
         if plan is not first:
@@ -164,6 +165,22 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
             if not reporter.quiet:
                 _show_result(result, reporter)
     return 0
+
+
+def _with_fitted(flags: dict[str, Any], plans: Plans) -> dict[str, Any]:
+    """Flags for the processes of a run, which do what `fit` found here instead of looking for it again.
+
+    Raises:
+        DiffSynthError: if that differs between stages, for all of which a flag holds.
+    """
+    found = [{name: as_plain(plan.parameters)[name] for name in plan.fitted} for plan in plans.values()]
+    if any(values != found[0] for values in found):
+        what = (
+            f"`fit` changes the stages {', '.join(map(str, plans))} differently, which several processes cannot follow"
+        )
+        raise DiffSynthError(what, "run each by itself with `--only`")
+    values = {name: value if isinstance(value, bool) else format_value(value) for name, value in found[0].items()}
+    return {name: value for name, value in flags.items() if name != "fit"} | values
 
 
 def _rehearse(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -> int:

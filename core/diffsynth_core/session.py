@@ -219,6 +219,13 @@ class Session:
             from diffsynth_core.rehearsal.preparation import prepare
 
             resolved, base = prepare(resolved, reporter)
+        if resolved.parameters.fit and not resolved.parameters.rehearse:
+            from diffsynth_core.planning.fitted import make_it_fit
+
+            def plan_of(changed: Resolved) -> "RunPlan":
+                return make_plan(changed, SilentReporter(), self.world_size, base, without_files=True)
+
+            resolved = make_it_fit(resolved, plan_of)
         return with_chosen_blocks(make_plan(resolved, reporter, self.world_size, base, without_files))
 
     def _carry_out(self, stage: str | None, plan: "RunPlan", stop: "StopRequest") -> StageResult:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from diffsynth_cli.text.plan import DEVICES, format_size
 from diffsynth_core.config.choices import SWAP_BUFFERS
-from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.files import free_bytes, model_base_path
+from diffsynth_core.planning.fitted import gpu_bytes, host_limit
 from diffsynth_core.planning.fitting import MemoryFit, find_fit
 from diffsynth_core.planning.memory import (
     TrainingMemory,
@@ -36,8 +36,9 @@ def make_estimate(plan: RunPlan) -> Estimate:
     """Estimate a run, and search for options that make it fit."""
     run = find_workload(plan)
     config = memory_config(plan, run.largest)
-    limit = plan.parameters.gpu_memory
-    return Estimate(run, config, find_fit(plan, config, memory_bytes(limit)) if limit else None)
+    limit = gpu_bytes(plan.parameters) if plan.parameters.gpu_memory or plan.parameters.fit else None
+    fit = find_fit(plan, config, limit, host_limit(plan, limit), run.encoded) if limit else None
+    return Estimate(run, config, fit)
 
 
 def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:

@@ -15,6 +15,8 @@ from diffsynth_cli.text.plan import (
     steps_in_words,
     swapped_in_words,
 )
+from diffsynth_core.config.documents import flag
+from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.files import disk_id, free_bytes
 from diffsynth_core.hub.model_files import MissingFiles
 from diffsynth_core.planning.memory import count_trained, device_memory, download_bytes, host_memory
@@ -40,6 +42,9 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
             yield _labeled("", line)
         if plan.parameters.blocks_to_swap:
             yield _labeled("Placement", swapped_in_words(plan))
+    if plan.fitted:
+        values = as_plain(plan.parameters)
+        yield _labeled("Fit", f"`--fit` set {' '.join(flag(name, values[name]) for name in plan.fitted)}")
     missing = [problem for problem in plan.missing if isinstance(problem, MissingFiles)]
     if missing:
         yield _labeled("Missing", _missing(plan, len(missing)))

@@ -68,6 +68,13 @@ def format_value(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
+def flag(name: str, value: Any) -> str:
+    """Return the flag that sets a parameter to a value in plain form, quoted for a shell."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return f"--{name} {shlex.quote(format_value(value))}"
+
+
 def command_line(values: Mapping[str, Any], lead: str = "diffsynth train", overriding: bool = False) -> str:
     """Return a command line, one flag per line, that sets `values` (in the plain form of `as_plain`).
 

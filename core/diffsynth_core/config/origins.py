@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from diffsynth_core.config.recipes import Overrides
 
-Kind = Literal["default", "recipe", "config", "flag"]
+Kind = Literal["default", "recipe", "config", "flag", "fit"]
 
 
 @dataclass(frozen=True)

@@ -378,6 +378,16 @@ class Parameters(BaseModel):
         rehearsal="own",
         generates=True,
     )
+    fit: bool = _setting(
+        False,
+        "run",
+        "bool",
+        "Make the changes that the run needs to fit in `gpu_memory` (default: the memory of the GPU of this machine), those first that cost nothing but time, then precision; parameters set by flags or `config`, batch size, LoRA rank and sizes stay as they are; a resumed run keeps what it was trained with",
+        changes="nothing",
+        documented=False,
+        in_recipes=False,
+        rehearsal="own",
+    )
     device: str | None = _setting(
         None,
         "run",

@@ -58,6 +58,16 @@ class Resolved:
         parameters = self.parameters.model_copy(update=changed)
         return replace(self, parameters=parameters, family_defaults=tuple(changed))
 
+    def with_values(self, values: Mapping[str, Any], origin: Origin) -> "Resolved":
+        """Return a copy with other values, in plain form, of some parameters."""
+        read = Parameters.model_validate(dict(values))
+        parameters = self.parameters.model_copy(update={name: getattr(read, name) for name in values})
+        return replace(self, parameters=parameters, origins={**self.origins, **dict.fromkeys(values, origin)})
+
+    def with_problem(self, problem: Problem) -> "Resolved":
+        """Return a copy with one more problem."""
+        return replace(self, problems=(*self.problems, problem))
+
     def takes_precedence(self, name: str, other: str) -> bool:
         """Return whether `name` was set in a source that takes precedence over the source of `other`."""
         return self.origin(name).rank > self.origin(other).rank

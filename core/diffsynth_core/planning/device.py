@@ -109,3 +109,24 @@ def _has_bfloat16(kind: str) -> bool:
     import torch
 
     return kind != "cuda" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def device_bytes(parameters: Parameters) -> int | None:
+    """Return the memory of the accelerator that the parameters name, or else of the best one of this machine; None if
+    there is none whose memory is known.
+
+    Imports torch.
+    """
+    import torch
+
+    best = torch.accelerator.current_accelerator(check_available=True)
+    kind, _, number = (parameters.device or str(best)).partition(":")
+    if best is None or kind != best.type or int(number or 0) >= torch.accelerator.device_count():
+        return None
+    properties = getattr(torch.get_device_module(kind), "get_device_properties", None)
+    return int(properties(int(number or 0)).total_memory) if properties else None
+
+
+def host_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from shlex import quote
 from typing import Any, Literal
 
-from diffsynth_core.config.documents import format_value
+from diffsynth_core.config.documents import flag
 from diffsynth_core.config.origins import DEFAULT
 from diffsynth_core.errors import collect_problems
 from diffsynth_core.models.size_facts import MediaSize
@@ -24,6 +23,14 @@ Cost = Literal["time", "precision", "quality", "scope"]
 - quality: they are rounded so much, or so much of the state is left out, that it may be seen
 - scope: something else is trained: smaller batches, a LoRA of lower rank, shorter clips, smaller images
 """
+FITTED = (
+    "use_gradient_checkpointing",
+    "use_gradient_checkpointing_offload",
+    "optimizer",
+    "optimizer_args",
+    "fp8_models",
+)
+"""Parameters of the options that leave what is trained as it is."""
 Change = Callable[[MemoryConfig], MemoryConfig]
 SHARES = (0.75, 0.5, 0.25)
 """Of the area of images, and of the length of clips, that are tried."""
@@ -54,7 +61,7 @@ class ParameterChange:
     @property
     def flag(self) -> str:
         """The flag that makes the change, quoted for a shell."""
-        return f"--{self.parameter}" if self.value is True else f"--{self.parameter} {quote(format_value(self.value))}"
+        return flag(self.parameter, self.value)
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ class OtherOptimizer:
 
 OPTIMIZER_PARAMETERS = ("optimizer", "optimizer_args")
 OTHER_OPTIMIZERS = (
-    OtherOptimizer("time", "AdamW step without buffers", {"optimizer_args": "fused=true"}),
-    OtherOptimizer("precision", "8-bit state of AdamW", {"optimizer": "adamw8bit"}),
+    OtherOptimizer("time", "AdamW without buffers", {"optimizer_args": "fused=true"}),
+    OtherOptimizer("precision", "AdamW with 8-bit state", {"optimizer": "adamw8bit"}),
     # With `eps[1]` of 1 a step is as large as the learning rate, as that of AdamW is, and not relative to the root mean
     # square of the weight (torch/optim/_adafactor.py).
     OtherOptimizer("quality", "Adafactor instead of AdamW", {"optimizer": "adafactor", "optimizer_args": "eps=none,1"}),
@@ -163,11 +170,11 @@ def parameter_changes(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) 
 
 def _changed_activations(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
     if after.offload and not before.offload:
-        words = "offload block inputs to host memory"
-        words = words if before.recompute else f"recompute activations, {words}"
+        words = "block inputs in host memory"
+        words = words if before.recompute else f"recomputed activations, {words}"
         yield ParameterChange(words, "use_gradient_checkpointing_offload", True)
     elif after.recompute and not before.recompute:
-        yield ParameterChange("recompute activations", "use_gradient_checkpointing", True)
+        yield ParameterChange("recomputed activations", "use_gradient_checkpointing", True)
 
 
 def _changed_optimizer(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:

@@ -35,7 +35,7 @@ class Candidate:
     @property
     def words(self) -> str:
         """What is done otherwise."""
-        return " and ".join(dict.fromkeys(change.words for change in self.changes))
+        return ", ".join(dict.fromkeys(change.words for change in self.changes))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class RunPlan:
             has no samples.
         family_defaults: parameters that are at a default of this family only.
         blocks_chosen_for: bytes of GPU memory for which `blocks_to_swap` was chosen, if it was `auto`.
+        fitted: parameters that `fit` set.
         warnings: nothing prevents the run, but this should be checked before GPU hours are spent.
     """
 
@@ -100,6 +101,7 @@ class RunPlan:
     missing: tuple[Problem, ...] = ()
     family_defaults: tuple[str, ...] = ()
     blocks_chosen_for: int | None = None
+    fitted: tuple[str, ...] = ()
     warnings: tuple[Problem, ...] = ()
 
     @property
@@ -182,6 +184,7 @@ def make_plan(
         machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size),
         missing=missing,
         family_defaults=resolved.family_defaults,
+        fitted=tuple(name for name, origin in resolved.origins.items() if origin.kind == "fit"),
         warnings=(
             *_warnings(resolved, samples),
             *_unread_lora(parameters, found, training),

@@ -8,7 +8,6 @@ import pytest
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.sampling import Sampling
-from diffsynth_core.planning.fitting import find_fit
 from diffsynth_core.planning.memory import (
     PREFETCHED,
     DeviceMemory,
@@ -16,7 +15,6 @@ from diffsynth_core.planning.memory import (
     checkpoint_bytes,
     count_checkpoints,
     count_trained,
-    device_memory,
     disk_use,
     encoding_memory,
     host_memory,
@@ -26,7 +24,7 @@ from diffsynth_core.planning.memory import (
 )
 from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import Workload, find_workload, shrink
+from diffsynth_core.planning.sizes import Workload, find_workload
 from diffsynth_core.planning.states_on_disk import state_problems
 from diffsynth_core.progress import SilentReporter
 
@@ -158,43 +156,6 @@ def test_many_small_images_may_be_more_than_one_large_one(plan, dataset):
     many = replace(made, data=replace(made.data, samples=replace(made.data.samples, samples=samples)))
     largest = find_workload(many).largest
     assert (largest.batch, largest.images) == (3, ((frames, height, width),))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["flux.1-dev-lora", pytest.param("wan2.1-t2v-1.3b-lora", marks=pytest.mark.long)])
-def test_a_change_that_saves_nothing_is_not_put_upon_others(plan, recipe):
-    """Of the small Wan the text encoder is the fullest stage, once the activations are away."""
-    made = plan(recipe)
-    fit = find_fit(made, chosen(made)[0], 0)
-    assert not fit.fits
-    together = [trial for trial in fit.tried if len(trial.changes) > 1]
-    peaks = [trial.peak for trial in together]
-    assert peaks == sorted(set(peaks), reverse=True)
-    flags = [change.flag.split()[0] for change in fit.tried[-1].changes]
-    assert len(flags) == len(set(flags))
-
-
-@pytest.mark.slow
-def test_changes_keep_what_was_changed_before(plan):
-    made = plan(batch_size=4, use_gradient_checkpointing=False)
-    config, _ = chosen(made)
-    last = find_fit(made, config, 0).tried[-1]
-    quarter = shrink(config.sizes, 0.25, made.model.variant.target.size_factor)
-    everything = replace(
-        config,
-        recompute=True,
-        offload=True,
-        rank=config.rank // 4,
-        sizes=replace(quarter, batch=1),
-        storage={**config.storage, "dit": "float8"},
-    )
-    assert last.peak == device_memory(made, everything).peak
-
-
-def test_weights_that_train_are_not_kept_in_8_bit_floats(plan):
-    made = plan("flux.1-dev-full")
-    config, _ = chosen(made)
-    assert not [trial for trial in find_fit(made, config, 0).tried if "--fp8_models" in trial.changes[0].flag]
 
 
 def test_each_step_of_the_sampler_keeps_as_much_again(plan, dataset):

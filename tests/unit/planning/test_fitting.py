@@ -1,0 +1,152 @@
+"""Which changes make a run fit: the cheapest, none that is not needed, and none that does not help."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.planning.fit_options import FITTED, memory_options, parameter_changes
+from diffsynth_core.planning.fitting import TIGHT_BYTES, MemoryFit, find_fit
+from diffsynth_core.planning.memory import device_memory
+from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
+from diffsynth_core.planning.plan import RunPlan, make_plan
+from diffsynth_core.planning.sizes import find_workload, shrink
+from diffsynth_core.progress import SilentReporter
+
+GIB = 2**30
+MakePlan = Callable[..., RunPlan]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
+    """The plan of a recipe where no model files are."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(recipe: str = "flux.1-dev-lora", **parameters: object) -> RunPlan:
+        given = {"recipe": recipe, "output_path": "out", "cache_path": "cache", **parameters}
+        return make_plan(resolve(given), SilentReporter(), base=tmp_path / "models", without_files=True)
+
+    return make
+
+
+def config_of(plan: RunPlan, **changes: object) -> MemoryConfig:
+    return replace(memory_config(plan, find_workload(plan).largest), **changes)
+
+
+def flags(fit: MemoryFit) -> list[str]:
+    return [change.flag for change in fit.changes]
+
+
+def test_what_costs_only_time_comes_first_and_other_training_last(plan):
+    made = plan(batch_size=2, use_gradient_checkpointing=False)
+    options = memory_options(made, config_of(made))
+    costs = [option.cost for option in options]
+    assert list(dict.fromkeys(costs)) == ["time", "precision", "quality", "scope"]
+    assert costs == sorted(costs, key=["time", "precision", "quality", "scope"].index)
+    for option in options:
+        assert (option.cost == "scope") == set(option.parameters).isdisjoint(FITTED), option
+    never = {"batch_size", "lora_rank", "max_pixels", "num_frames", "height", "width"}
+    assert never.isdisjoint(FITTED) and set(FITTED) <= SETTINGS.keys()
+
+
+@pytest.mark.parametrize("recipe", ["flux.1-dev-lora", "flux.1-dev-full", "wan2.1-t2v-1.3b-lora"])
+def test_the_changes_are_what_the_options_do(plan, recipe):
+    """Planned with its parameters, a run has the memory that the option promised."""
+    made = plan(recipe, use_gradient_checkpointing=False, batch_size=2)
+    config = config_of(made)
+    tried = set()
+    for option in memory_options(made, config):
+        for degree in option.degrees[:: max(1, len(option.degrees) - 1)]:
+            changes = parameter_changes(made, degree(config), config)
+            assert {change.parameter for change in changes} == {*option.parameters} - {
+                name for name in ("optimizer_args", "optimizer") if len(changes) < len(option.parameters)
+            }
+            again = config_of(plan(recipe, **{"use_gradient_checkpointing": False, "batch_size": 2,
+                                              **{change.parameter: change.value for change in changes}}))  # fmt: skip
+            assert again == degree(config), changes
+            tried |= {*option.parameters}
+    assert tried >= {"use_gradient_checkpointing", "use_gradient_checkpointing_offload", "batch_size", "max_pixels"}
+
+
+@pytest.mark.slow
+def test_nothing_is_changed_that_is_not_needed(plan):
+    made = plan(use_gradient_checkpointing=False)
+    config = config_of(made)
+    needed = device_memory(made, config).peak
+    assert find_fit(made, config, needed + TIGHT_BYTES).tried == ()
+    tight = find_fit(made, config, needed)
+    assert tight.fits_unchanged and tight.is_tight and flags(tight) == ["--use_gradient_checkpointing"]
+    fit = find_fit(made, config, 20 * GIB)
+    assert fit.fits and not fit.fits_unchanged and fit.left >= TIGHT_BYTES
+    options = memory_options(made, config)
+    for left_out in fit.changes:
+        rest = [option for option in options if left_out.parameter not in option.parameters]
+        assert left_out not in find_fit(made, config, 20 * GIB, options=rest).changes
+        kept = [option for option in rest if {*option.parameters} <= {change.parameter for change in fit.changes}]
+        assert not find_fit(made, config, 20 * GIB, options=kept).fits
+
+
+@pytest.mark.slow
+def test_a_change_that_saves_nothing_is_not_put_upon_others(plan):
+    made = plan()
+    fit = find_fit(made, config_of(made), 0)
+    assert not fit.fits and fit.changes == ()
+    peaks = [trial.peak for trial in fit.tried]
+    assert peaks == sorted(peaks, reverse=True)
+    last = [change.parameter for change in fit.tried[-1].changes]
+    assert len(last) == len(set(last))
+
+
+@pytest.mark.slow
+def test_changes_are_put_together(plan):
+    made = plan(batch_size=4, use_gradient_checkpointing=False)
+    config = config_of(made)
+    last = find_fit(made, config, 0).tried[-1]
+    quarter = shrink(config.sizes, 0.25, made.model.variant.target.size_factor)
+    assert last.peak == min(
+        device_memory(
+            made,
+            replace(
+                config,
+                recompute=True,
+                offload=True,
+                rank=config.rank // 4,
+                sizes=replace(quarter, batch=1),
+                storage={**config.storage, "dit": "float8", "text_encoder_2": "float8"},
+                optimizer=optimizer,
+            ),
+        ).peak
+        for optimizer in {option.degrees[0](config).optimizer for option in memory_options(made, config)}
+    )
+
+
+def test_weights_that_train_are_not_kept_in_8_bit_floats(plan):
+    made = plan("flux.1-dev-full")
+    config = config_of(made)
+    names = {option.degrees[0](config).storage["dit"] for option in memory_options(made, config)}
+    assert names == {"plain"}
+
+
+@pytest.mark.parametrize("given", [{"optimizer": "lion"}, {"optimizer_args": "eps=1e-7"}])
+def test_an_optimizer_that_the_user_chose_stays(plan, given):
+    made = plan(**given)
+    assert not [option for option in memory_options(made, config_of(made)) if "optimizer" in option.parameters]
+
+
+def test_an_optimizer_that_other_parameters_do_not_go_with_is_no_option(plan):
+    made = plan(adam_betas=[0.9, 0.99])
+    names = {option.degrees[0](config_of(made)).optimizer.name for option in memory_options(made, config_of(made))}
+    assert names == {"adamw", "adamw8bit"}  # Adafactor has no such parameter
+
+
+def test_host_memory_is_a_limit_too(plan):
+    made = plan()
+    config = config_of(made, recompute=True)
+    limit = device_memory(made, replace(config, offload=True)).peak + TIGHT_BYTES
+    waiting = [option for option in memory_options(made, config) if "offload" in option.parameters[0]]
+    assert flags(find_fit(made, config, limit, options=waiting)) == ["--use_gradient_checkpointing_offload"]
+    fit = find_fit(made, config, limit, host_limit=0, options=waiting)
+    assert not fit.fits and fit.changes == ()
