@@ -4,66 +4,125 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffsynth_core.config.gpu_memory import memory_bytes
-from diffsynth_core.config.recipes import recipe_names
+from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.files import write_text
-from diffsynth_core.planning.fitting import MemoryFit, find_fit
+from diffsynth_core.planning.fit_options import memory_options
+from diffsynth_core.planning.fitted import HOST_SHARE, LEAST_HOST_BYTES, assumed_host_bytes
+from diffsynth_core.planning.fitting import TIGHT_BYTES, MemoryFit, find_fit
 from diffsynth_core.planning.memory_config import memory_config
-from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter, format_memory
 
 PAGE = "gpu_memory.md"
 """Name of the page."""
-GPUS = ("24GB", "48GB", "80GB")
+GPUS = ("12GB", "16GB", "24GB", "48GB", "80GB")
 """Memory sizes of common rented GPUs."""
+TWO = "80GB"
+"""Memory of each of two GPUs."""
+
+
+@dataclass(frozen=True)
+class RecipeMemory:
+    """What a recipe, or a stage of one, needs, and what makes it fit GPUs.
+
+    Attributes:
+        fits: of each of `GPUS`, and of two of `TWO`.
+    """
+
+    recipe: str
+    stage: str | None
+    fits: tuple[MemoryFit, ...]
+
+    @property
+    def row(self) -> str:
+        """Its row in the table."""
+        stage = f", stage `{self.stage}`" if self.stage else ""
+        cells = " | ".join(map(_in_words, self.fits))
+        return f"| `{self.recipe}`{stage} | {format_memory(self.fits[0].peak)} | {cells} |"
+
+    @property
+    def flag_lines(self) -> list[str]:
+        """The flags for each size, below the name of the recipe; nothing for sizes that need none."""
+        by_flags: dict[str, list[str]] = {}
+        for size, fit in zip((*GPUS, f"2 x {TWO}"), self.fits, strict=True):
+            if fit.changes and not fit.fits_unchanged:
+                by_flags.setdefault(" ".join(change.flag for change in fit.changes), []).append(size)
+        stage = f", stage `{self.stage}`" if self.stage else ""
+        lines = [f"- {', '.join(sizes)}: `{flags}`" for flags, sizes in by_flags.items()]
+        return [f"`{self.recipe}`{stage}", "", *lines, ""] if lines else []
 
 
 def memory_page() -> str:
     """Return `docs/gpu_memory.md`: estimates of all recipes with their default parameters."""
-    rows = [row for recipe in recipe_names() for row in memory_rows(recipe)]
-    return "\n".join([*page_head(), *rows]) + "\n"
+    found = [each for recipe in page_recipes() for each in memory_of_recipe(recipe)]
+    flags = [line for each in found for line in each.flag_lines]
+    return "\n".join([*page_head(), *(each.row for each in found), "", *FLAGS_HEAD, "", *flags]).rstrip() + "\n"
+
+
+def page_recipes() -> list[str]:
+    """Return the recipes on the page: those that are not made for one size of GPU."""
+    return [name for name in recipe_names() if "gpu_memory" not in load_recipe(name).parameters]
 
 
 def page_head() -> list[str]:
     """Return the lines above the rows of the recipes."""
+    sizes = [*GPUS, f"2 x {TWO}"]
     return [
         "# GPU memory of the recipes",
         "",
         "Generated from the plans of the recipes by `make docs`; a test fails when this page is out of date.",
         "",
-        "Estimates of `diffsynth train --recipe NAME --dry_run --gpu_memory 24GB`: in bf16, for the largest images or clips",
-        "that the recipe allows, with batch size 1. Your own dataset and parameters change them, and the plan prints the",
-        "flags for the changes named here. Kernel workspace and driver overhead are not included: leave some headroom.",
+        "What `diffsynth train --recipe NAME --gpu_memory 24GB --fit` changes, estimated in bf16 for the largest images or",
+        "clips that the recipe allows, with batch size 1. Your own dataset and parameters change it: `--dry_run` prints the",
+        "flags for them. Batch size, LoRA rank, image size and clip length are never changed. Kernel workspace and driver",
+        f"overhead are not included: {format_memory(TIGHT_BYTES)} is left for them, and `tight` means that less is left.",
         "[memory.md](memory.md) compares such estimates with measurements, on tiny models and on a CPU; on GPUs they have",
-        "not been measured. `tight`: fits, with less than 1 GiB left for overhead.",
+        "not been measured.",
         "",
-        "The third and later columns state what has to change for a GPU of that size. Full training keeps weights,",
-        "gradients and the two states of AdamW in float32, 16 bytes per parameter, and 4 more during the AdamW step.",
+        "Changes are made in the order of what they cost, and none that is not needed: first those that cost only time, then",
+        "those that round weights or optimizer state a little, then coarser ones. What waits in host memory has to fit there:",
+        f"{HOST_SHARE} times the memory of the GPU, at least {format_memory(LEAST_HOST_BYTES)}, is assumed. Full training",
+        "without changes keeps weights, gradients and the two states of AdamW in float32, 16 bytes per parameter, and 4 more",
+        "during the AdamW step.",
         "",
-        f"| recipe | needs | {' | '.join(GPUS)} |",
-        f"|---|---|{'---|' * len(GPUS)}",
+        f"Each of two GPUs (`--num_processes 2`) holds the whole model: two of {TWO} train about twice as fast as one, and",
+        "fit no more than it does; updates in the backward pass need a single process.",
+        "",
+        f"| recipe | needs | {' | '.join(sizes)} |",
+        f"|---|---|{'---|' * len(sizes)}",
     ]
 
 
-def memory_rows(recipe: str) -> Iterator[str]:
-    """Return a row for each stage of a recipe, estimated without model files and without a dataset."""
+FLAGS_HEAD = ("## Flags",)
+
+
+def memory_of_recipe(recipe: str) -> Iterator[RecipeMemory]:
+    """Yield each stage of a recipe, estimated without model files and without a dataset."""
     for resolved in resolve_stages({"recipe": recipe, "dry_run": True}, ()):
         with tempfile.TemporaryDirectory() as empty, chdir(empty):  # a default dataset would change the plan
             plan = make_plan(resolved, SilentReporter(), without_files=True)
-        config = memory_config(plan, find_workload(plan).largest)
-        fits = [find_fit(plan, config, memory_bytes(size)) for size in GPUS]
-        stage = f", stage `{resolved.stage}`" if resolved.stage else ""
-        yield f"| `{recipe}`{stage} | {format_memory(fits[0].peak)} | {' | '.join(_in_words(fit) for fit in fits)} |"
+        two = replace(plan, machine=replace(plan.machine, world_size=2))
+        fits = [fit_on(plan, size) for size in GPUS]
+        yield RecipeMemory(recipe, resolved.stage, (*fits, fit_on(two, TWO)))
+
+
+def fit_on(plan: RunPlan, size: str) -> MemoryFit:
+    """Return what `fit` changes in a plan for a GPU of this size in a machine with the host memory that is assumed."""
+    limit, config = memory_bytes(size), memory_config(plan, find_workload(plan).largest)
+    options = [option for option in memory_options(plan, config) if option.cost != "scope"]
+    return find_fit(plan, config, limit, assumed_host_bytes(limit), options=options)
 
 
 def _in_words(fit: MemoryFit) -> str:
     if not fit.fits:
         return "does not fit"
-    words = "unchanged" if fit.fits_unchanged else "; ".join(dict.fromkeys(change.words for change in fit.changes))
+    words = "unchanged" if fit.fits_unchanged else fit.tried[-1].words
     return f"{words} (tight)" if fit.is_tight else words
 
 

@@ -20,9 +20,9 @@ from diffsynth_core.progress import format_memory
 
 ORIGIN = Origin("fit", "`--fit`")
 LEAST_HOST_BYTES = 64 * 2**30
+"""The least host memory that is assumed."""
 HOST_SHARE = 2
-"""Host memory that is assumed of a machine with a GPU that is not this one: twice the memory of the GPU, at least
-`LEAST_HOST_BYTES`."""
+"""Host memory that is assumed for each GPU of a machine that is not this one, as a multiple of the GPU's memory."""
 
 
 def make_it_fit(resolved: Resolved, plan_of: Callable[[Resolved], RunPlan]) -> Resolved:
@@ -67,7 +67,12 @@ def host_limit(plan: RunPlan, gpu: int) -> int:
         gpu: memory of the GPU.
     """
     here = plan.machine.device.partition(":")[0] != "cpu"
-    return (host_bytes() if here else max(HOST_SHARE * gpu, LEAST_HOST_BYTES)) // plan.machine.world_size
+    return host_bytes() // plan.machine.world_size if here else assumed_host_bytes(gpu)
+
+
+def assumed_host_bytes(gpu: int) -> int:
+    """Return the host memory that is assumed for each GPU of a machine that is not this one."""
+    return max(HOST_SHARE * gpu, LEAST_HOST_BYTES)
 
 
 def _recorded(resolved: Resolved) -> dict[str, Any]:

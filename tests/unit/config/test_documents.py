@@ -17,7 +17,7 @@ from diffsynth_core.config.documents import (
 from diffsynth_core.config.parameters import ALIASES, GROUPS, SETTINGS, Parameters, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_names
 from diffsynth_core.config.yaml_files import read_yaml
-from diffsynth_core.planning.documents import PAGE, memory_rows, page_head
+from diffsynth_core.planning.documents import PAGE, memory_of_recipe, page_head, page_recipes
 
 ROOT = Path(__file__).parents[3]
 
@@ -265,18 +265,22 @@ ONE_OF_EACH_KIND = ("flux.1-dev-lora", "flux.2-klein-9b-full", "qwen-image-edit-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
-    [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long) for name in recipe_names()],
+    [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long) for name in page_recipes()],
 )
-def test_the_row_of_gpu_memory_is_that_of_the_recipe(recipe):
-    page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8").splitlines()
-    assert [line for line in page if line.startswith(f"| `{recipe}`")] == list(memory_rows(recipe))
+def test_the_rows_and_flags_of_gpu_memory_are_those_of_the_recipe(recipe):
+    page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8")
+    found = list(memory_of_recipe(recipe))
+    assert [line for line in page.splitlines() if line.startswith(f"| `{recipe}`")] == [each.row for each in found]
+    for each in found:
+        assert "\n".join(each.flag_lines) in page
 
 
 def test_the_page_of_gpu_memory_has_all_recipes_below_its_head():
     page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8").splitlines()
     head = page_head()
     assert page[: len(head)] == head
-    assert list(dict.fromkeys(line.split("`")[1] for line in page[len(head) :])) == list(recipe_names())
+    rows = [line for line in page[len(head) :] if line.startswith("| ")]
+    assert list(dict.fromkeys(row.split("`")[1] for row in rows)) == page_recipes()
 
 
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]+))?\)")

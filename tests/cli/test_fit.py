@@ -1,0 +1,78 @@
+"""`--fit`: a run is changed until it fits, says how in flags, and leaves alone what it must not touch."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.naming import names
+
+ENTRY = "black-forest-labs/FLUX.1-dev:flux1-dev.safetensors"
+
+
+@pytest.fixture
+def plan(cli, tmp_path, monkeypatch):
+    """Run a dry run of FLUX.1 without models and dataset, where a run would download models."""
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
+
+    def run(*arguments: object, recipe: str = "flux.1-dev-lora"):
+        outcome = cli("train", "--recipe", recipe, "--dry_run", *arguments)
+        assert list(Path().iterdir()) == []
+        return outcome
+
+    return run
+
+
+def set_by_fit(outcome) -> str:
+    """Return the flags that a plan says `fit` set."""
+    (line,) = re.findall(r"^Fit +`--fit` set (.+)$", outcome.out, re.MULTILINE)
+    return line
+
+
+def test_a_run_is_changed_until_it_fits_and_says_how(plan, says):
+    outcome = plan("--gpu_memory", "24GB", "--fit")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == names("Fits in 24.0 GiB", "left for overhead")
+    says(outcome, r"[\d.]+ [MGT]B free(: not enough)?")
+    by_hand = plan("--gpu_memory", "24GB", *shlex.split(set_by_fit(outcome)))
+    assert by_hand.code == 0
+    fitted = [line for line in outcome.out.splitlines() if not line.startswith("Fit ")]
+    assert by_hand.out.splitlines() == fitted
+
+
+def test_a_run_that_fits_is_not_changed(plan):
+    fitting, usual = plan("--gpu_memory", "80GB", "--fit"), plan("--gpu_memory", "80GB")
+    assert fitting.code == 0 and fitting.out == usual.out
+
+
+def test_without_a_gpu_its_memory_must_be_given(plan, says):
+    outcome = plan("--fit", "--lora_rnk", 3)
+    assert outcome.code == 2 and outcome.out == ""
+    assert outcome.err == names("fit", "no GPU", "--gpu_memory", "lora_rnk")
+    says(outcome)
+    outcome = plan("--fit", "--device", "cpu")
+    assert outcome.err == names("fit", "device", "cpu", "--gpu_memory")
+
+
+def test_what_is_missing_is_told_where_nothing_fits(plan, says):
+    outcome = plan("--gpu_memory", "6GB", "--fit")
+    assert outcome.code == 1 and outcome.out == ""
+    assert outcome.err == names("fit", "6.0 GiB", "more than", "hint:", "GPU with more memory")
+    says(outcome)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--fp8_models", ENTRY), ("--optimizer", "lion")])
+def test_what_a_flag_sets_stays(plan, flag, value):
+    outcome = plan("--gpu_memory", "16GB", "--fit", flag, value)
+    assert outcome.code in (0, 1)
+    if outcome.code == 0:
+        assert flag not in set_by_fit(outcome)
+
+
+def test_a_rehearsal_has_nothing_to_fit(cli, says):
+    outcome = cli("train", "--recipe", "flux.1-dev-lora", "--rehearse", "--fit")
+    assert outcome.code == 2
+    assert outcome.err == names("fit", "no effect", "rehearsal")
+    says(outcome)
