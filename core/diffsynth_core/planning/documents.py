@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.files import write_text
 from diffsynth_core.planning.fit_options import memory_options
 from diffsynth_core.planning.fitted import HOST_SHARE, LEAST_HOST_BYTES, assumed_host_bytes
-from diffsynth_core.planning.fitting import TIGHT_BYTES, MemoryFit, find_fit
+from diffsynth_core.planning.fitting import TIGHT_BYTES, FitSearch, MemoryFit
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
@@ -104,19 +104,26 @@ FLAGS_HEAD = ("## Flags",)
 
 def memory_of_recipe(recipe: str) -> Iterator[RecipeMemory]:
     """Yield each stage of a recipe, estimated without model files and without a dataset."""
+    for plan in plan_of_recipe(recipe):
+        two = replace(plan, machine=replace(plan.machine, world_size=2))
+        yield RecipeMemory(recipe, plan.parameters.only, (*fits_on(plan, GPUS), *fits_on(two, [TWO])))
+
+
+def plan_of_recipe(recipe: str) -> Iterator[RunPlan]:
+    """Yield the plan of each stage of a recipe, without model files and without a dataset."""
     for resolved in resolve_stages({"recipe": recipe, "dry_run": True}, ()):
         with tempfile.TemporaryDirectory() as empty, chdir(empty):  # a default dataset would change the plan
             plan = make_plan(resolved, SilentReporter(), without_files=True)
-        two = replace(plan, machine=replace(plan.machine, world_size=2))
-        fits = [fit_on(plan, size) for size in GPUS]
-        yield RecipeMemory(recipe, resolved.stage, (*fits, fit_on(two, TWO)))
+        yield plan
 
 
-def fit_on(plan: RunPlan, size: str) -> MemoryFit:
-    """Return what `fit` changes in a plan for a GPU of this size in a machine with the host memory that is assumed."""
-    limit, config = memory_bytes(size), memory_config(plan, find_workload(plan).largest)
+def fits_on(plan: RunPlan, sizes: Sequence[str]) -> list[MemoryFit]:
+    """Return what `fit` changes in a plan for GPUs of these sizes, in machines with the host memory that is assumed."""
+    run = find_workload(plan)
+    config = memory_config(plan, run.largest)
     options = [option for option in memory_options(plan, config) if option.cost != "scope"]
-    return find_fit(plan, config, limit, assumed_host_bytes(limit), options=options)
+    search = FitSearch(plan, config, run.encoded, options)
+    return [search.fit(limit, assumed_host_bytes(limit)) for limit in map(memory_bytes, sizes)]
 
 
 def _in_words(fit: MemoryFit) -> str:

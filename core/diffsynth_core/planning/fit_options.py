@@ -9,10 +9,12 @@ from diffsynth_core.config.documents import flag
 from diffsynth_core.config.origins import DEFAULT
 from diffsynth_core.errors import collect_problems
 from diffsynth_core.models.size_facts import MediaSize
+from diffsynth_core.planning.memory import known_shapes
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import shrink
+from diffsynth_core.planning.updates import dtype_problems, update_problems
 from diffsynth_core.progress import pluralize
 
 Cost = Literal["time", "precision", "quality", "scope"]
@@ -26,6 +28,9 @@ Cost = Literal["time", "precision", "quality", "scope"]
 FITTED = (
     "use_gradient_checkpointing",
     "use_gradient_checkpointing_offload",
+    "fused_backward",
+    "enable_optimizer_cpu_offload",
+    "trained_dtype",
     "optimizer",
     "optimizer_args",
     "fp8_models",
@@ -73,7 +78,11 @@ class OtherOptimizer:
     parameters: Mapping[str, str]
 
 
-OPTIMIZER_PARAMETERS = ("optimizer", "optimizer_args")
+UPDATES: Mapping[str, Change] = {
+    "fused_backward": partial(replace, fused_backward=True),
+    "enable_optimizer_cpu_offload": partial(replace, optimizer_on_host=True),
+}
+"""Parameter -> what it makes of a config."""
 OTHER_OPTIMIZERS = (
     OtherOptimizer("time", "AdamW without buffers", {"optimizer_args": "fused=true"}),
     OtherOptimizer("precision", "AdamW with 8-bit state", {"optimizer": "adamw8bit"}),
@@ -85,7 +94,7 @@ OTHER_OPTIMIZERS = (
 
 def memory_options(plan: RunPlan, config: MemoryConfig) -> list[MemoryOption]:
     """Return what may be done otherwise than a config says, in the order of what it costs."""
-    options = [*_activation_options(config), *_optimizer_options(plan)]
+    options = [*_activation_options(config), *_update_options(plan, config), *_optimizer_options(plan)]
     options += [*_storage_options(plan, config), *_scope_options(plan, config)]
     order = ("time", "precision", "quality", "scope")
     return sorted(options, key=lambda option: order.index(option.cost))
@@ -98,6 +107,19 @@ def _activation_options(config: MemoryConfig) -> Iterator[MemoryOption]:
     if not config.offload:
         waiting = partial(replace, recompute=True, offload=True)
         yield MemoryOption("time", ("use_gradient_checkpointing_offload",), [waiting])
+
+
+def _update_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
+    """Yield when and in which dtype weights may be updated, and where the state of the optimizer may be."""
+    for name, change in UPDATES.items():
+        changed = plan.parameters.model_copy(update={name: True})
+        here, world_size = getattr(plan.parameters, name), plan.machine.world_size
+        if not here and not list(update_problems(changed, config.optimizer, config.precision, world_size)):
+            yield MemoryOption("time", (name,), [change])
+    in_float32 = config.trained_dtype == "float32" and (plan.training.full or plan.training.parts)
+    rounded = plan.parameters.model_copy(update={"trained_dtype": "bf16"})
+    if in_float32 and not list(dtype_problems(rounded, config.optimizer, config.precision)):
+        yield MemoryOption("precision", ("trained_dtype",), [partial(replace, trained_dtype="bf16")])
 
 
 def _optimizer_options(plan: RunPlan) -> Iterator[MemoryOption]:
@@ -120,7 +142,7 @@ def _storage_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOpti
     """Yield weight stores for components of which no weight trains other than by a LoRA."""
     changing = {*plan.training.full, *plan.training.parts}
     for name in plan.model.components:
-        if name not in changing and plan.model.shapes.get(name) and config.storage[name] != "float8":
+        if name not in changing and known_shapes(plan, name) and config.storage[name] != "float8":
             yield MemoryOption("precision", ("fp8_models",), [partial(_stored, component=name, storage="float8")])
 
 
@@ -163,7 +185,7 @@ def parameter_changes(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) 
     """Return the parameters that make one config of another, which is that of the plan."""
     return tuple(
         change
-        for changes in (_changed_activations, _changed_optimizer, _changed_storage, _changed_scope)
+        for changes in (_changed_activations, _changed_updates, _changed_optimizer, _changed_storage, _changed_scope)
         for change in changes(plan, after, before)
     )
 
@@ -175,6 +197,15 @@ def _changed_activations(plan: RunPlan, after: MemoryConfig, before: MemoryConfi
         yield ParameterChange(words, "use_gradient_checkpointing_offload", True)
     elif after.recompute and not before.recompute:
         yield ParameterChange("recomputed activations", "use_gradient_checkpointing", True)
+
+
+def _changed_updates(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
+    if after.fused_backward and not before.fused_backward:
+        yield ParameterChange("updates in the backward pass", "fused_backward", True)
+    if after.optimizer_on_host and not before.optimizer_on_host:
+        yield ParameterChange("optimizer state in host memory", "enable_optimizer_cpu_offload", True)
+    if after.trained_dtype != before.trained_dtype:
+        yield ParameterChange("weights trained in bf16", "trained_dtype", after.trained_dtype)
 
 
 def _changed_optimizer(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:

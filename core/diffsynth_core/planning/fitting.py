@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
 
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.planning.fit_options import (
@@ -79,19 +78,73 @@ class MemoryFit:
         return self.fits and self.left < TIGHT_BYTES
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A config and its memory; `excess`: bytes above what there is, summed over the stages of the run and the host."""
-
-    config: MemoryConfig
-    peak: int
-    host: int
-    excess: int
-
-
 Degrees = tuple[int, ...]
 """Of each option the degree to which it is used; 0: not at all."""
-Measure = Callable[[Degrees], _Measured]
+Excess = Callable[[Degrees], int]
+"""Bytes above what there is with options used to these degrees, summed over the stages of the run and the host."""
+
+
+class FitSearch:
+    """Searches changes with which a run fits; remembers the memory of what it has tried, for several limits.
+
+    Args:
+        encoded: of all samples.
+        options: in the order of what they cost; None: all.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        config: MemoryConfig,
+        encoded: EncodedSize = NOTHING_ENCODED,
+        options: Sequence[MemoryOption] | None = None,
+    ) -> None:
+        self._plan, self._config, self._encoded = plan, config, encoded
+        self._options = memory_options(plan, config) if options is None else options
+        self._measured: dict[Degrees, tuple[DeviceMemory, int]] = {}
+
+    def fit(self, limit: int, host_limit: int | None = None) -> MemoryFit:
+        """Return the changes with which the run fits and leaves `TIGHT_BYTES` of the GPU, or else the most it can.
+
+        Options are added in the order of what they cost, until the run fits. Then each is taken back as far as the
+        others allow, beginning with what costs the most, so that no change is left that is not needed.
+
+        Args:
+            limit: memory of the GPU in bytes.
+            host_limit: memory of the host in bytes; None: as much as is asked for.
+        """
+
+        def excess(degrees: Degrees) -> int:
+            memory, host = self._measure(degrees)
+            totals = [stage.total for stage in memory.encoding]  # an option may help a stage that is not the fullest
+            totals += [memory.training.total] if memory.training else []
+            above = sum(max(0, total - (limit - TIGHT_BYTES)) for total in totals)
+            return above + (0 if host_limit is None else max(0, host - host_limit))
+
+        found = list(_lowering(self._options, excess))
+        if found and (least := _minimal(found[-1], excess)) != found[-1]:
+            found.append(least)
+        unchanged, _ = self._measure((0,) * len(self._options))
+        return MemoryFit(limit, unchanged.peak, tuple(map(self._candidate, found)), host_limit)
+
+    def _candidate(self, degrees: Degrees) -> Candidate:
+        memory, host = self._measure(degrees)
+        return Candidate(parameter_changes(self._plan, self._changed(degrees), self._config), memory.peak, host)
+
+    def _measure(self, degrees: Degrees) -> tuple[DeviceMemory, int]:
+        """Return the memory of the device and of the host."""
+        if degrees not in self._measured:
+            changed = self._changed(degrees)
+            memory = device_memory(self._plan, changed)
+            host = sum(host_memory(self._plan, changed, memory, self._encoded).values())
+            self._measured[degrees] = memory, host
+        return self._measured[degrees]
+
+    def _changed(self, degrees: Degrees) -> MemoryConfig:
+        config = self._config
+        for option, degree in zip(self._options, degrees, strict=True):
+            config = option.degrees[degree - 1](config) if degree else config
+        return config
 
 
 def find_fit(
@@ -102,44 +155,11 @@ def find_fit(
     encoded: EncodedSize = NOTHING_ENCODED,
     options: Sequence[MemoryOption] | None = None,
 ) -> MemoryFit:
-    """Find the changes with which a run fits and leaves `TIGHT_BYTES` of the GPU, or else the most it can.
-
-    Options are added in the order of what they cost, until the run fits. Then each is taken back as far as the others
-    allow, beginning with what costs the most, so that no change is left that is not needed.
-
-    Args:
-        limit: memory of the GPU in bytes.
-        host_limit: memory of the host in bytes; None: as much as is asked for.
-        encoded: of all samples.
-        options: in the order of what they cost; None: all.
-    """
-    options = memory_options(plan, config) if options is None else options
-
-    @cache
-    def measure(degrees: Degrees) -> _Measured:
-        changes = [option.degrees[degree - 1] for option, degree in zip(options, degrees, strict=True) if degree]
-        changed = reduce(lambda made, change: change(made), changes, config)
-        memory = device_memory(plan, changed)
-        host = sum(host_memory(plan, changed, memory, encoded).values())
-        return _Measured(changed, memory.peak, host, _excess(memory, host, limit - TIGHT_BYTES, host_limit))
-
-    found = list(_lowering(options, measure))
-    if found and (least := _minimal(found[-1], measure)) != found[-1]:
-        found.append(least)
-    each = [measure(degrees) for degrees in found]
-    tried = [Candidate(parameter_changes(plan, one.config, config), one.peak, one.host) for one in each]
-    return MemoryFit(limit, measure((0,) * len(options)).peak, tuple(tried), host_limit)
+    """Find the changes with which a run fits; see `FitSearch`."""
+    return FitSearch(plan, config, encoded, options).fit(limit, host_limit)
 
 
-def _excess(memory: DeviceMemory, host: int, limit: int, host_limit: int | None) -> int:
-    """Return the bytes above limits: those of all stages count, since an option may help a stage that is not the
-    fullest."""
-    totals = [stage.total for stage in memory.encoding]
-    totals += [memory.training.total] if memory.training else []
-    return sum(max(0, total - limit) for total in totals) + (0 if host_limit is None else max(0, host - host_limit))
-
-
-def _lowering(options: Sequence[MemoryOption], measure: Measure) -> Iterator[Degrees]:
+def _lowering(options: Sequence[MemoryOption], excess: Excess) -> Iterator[Degrees]:
     """Yield sets of changes, each with less excess than the one before, until there is none or no option lowers it.
 
     The options are gone through again after each improvement: what waits in host memory may find room there only after
@@ -149,25 +169,25 @@ def _lowering(options: Sequence[MemoryOption], measure: Measure) -> Iterator[Deg
     while improved:
         improved = False
         for number, option in enumerate(options):
-            if not measure(chosen).excess:
+            if not excess(chosen):
                 return
             count = len(option.degrees)
             tried = {max(1, count * part // TRIED_DEGREES) for part in range(1, TRIED_DEGREES + 1)}
             found = [_with_degree(chosen, number, degree) for degree in sorted(tried) if degree > chosen[number]]
-            lowest = min([chosen, *found], key=lambda degrees: measure(degrees).excess)
+            lowest = min([chosen, *found], key=excess)
             if lowest != chosen:
                 chosen, improved = lowest, True
                 yield chosen
 
 
-def _minimal(chosen: Degrees, measure: Measure) -> Degrees:
+def _minimal(chosen: Degrees, excess: Excess) -> Degrees:
     """Return the same changes without those, and to lower degrees than those, that are not needed."""
-    enough = measure(chosen).excess
+    enough = excess(chosen)
     for number in reversed(range(len(chosen))):
         low, high = -1, chosen[number]  # the lowest degree that is enough is above `low`, and at most `high`
         while high - low > 1:
             middle = 0 if low < 0 else (low + high) // 2
-            if measure(_with_degree(chosen, number, middle)).excess <= enough:
+            if excess(_with_degree(chosen, number, middle)) <= enough:
                 high = middle
             else:
                 low = middle

@@ -96,8 +96,9 @@ def choose_optimizer(parameters: Parameters, origin: Origin, invalid: frozenset[
 def rate_warnings(parameters: Parameters, optimizer: OptimizerChoice) -> Iterator[Problem]:
     """Warn about a rate that is usual for AdamW, where the optimizer multiplies it by a step size of its own."""
     rate = parameters.learning_rate
-    if optimizer.spec.low_rate and rate < optimizer.spec.low_rate[0]:
-        usual, why = optimizer.spec.low_rate
+    spec = optimizer.spec
+    if spec.low_rate and rate < spec.low_rate[0] and not spec.takes_rate_as_is(optimizer.options):
+        usual, why = spec.low_rate
         yield Problem(f"`learning_rate` is {rate:g}, but {why}", f"set `--learning_rate` to {usual:g} or more")
 
 

@@ -72,6 +72,7 @@ class OptimizerSpec:
         package: what must be installed for it.
         low_rate: learning rate below which the run gets a warning, because the optimizer multiplies it by a step size
             of its own; and why.
+        takes_rate_as_is: whether it does not, with these options.
     """
 
     title: str
@@ -84,6 +85,7 @@ class OptimizerSpec:
     by_tensor: bool = True
     package: Package | None = None
     low_rate: tuple[float, str] | None = None
+    takes_rate_as_is: Callable[[Options], bool] = lambda options: False
 
 
 BITSANDBYTES = Package("bitsandbytes", "bitsandbytes", "bitsandbytes")
@@ -245,6 +247,8 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             "weight_decay": NOT_NEGATIVE,
         },
         parameters=DECAY,
+        # It multiplies by the larger of `eps[1]` and the root mean square of the weights, which is below 1.
+        takes_rate_as_is=lambda options: (options.get("eps") or (None, 0))[1] == 1,
         low_rate=(1e-3, "adafactor multiplies it by the size of the weights, at least 0.001; 0.01 is usual"),
     ),
     "came": OptimizerSpec(

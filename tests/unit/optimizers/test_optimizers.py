@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from diffsynth_core.checkpoints.saved_states import OPTIMIZER, LoopState, find_states
 from diffsynth_core.checkpoints.state import restore_state, save_state, state_of
-from diffsynth_core.planning.optimizer_choice import OptimizerChoice
+from diffsynth_core.config.origins import DEFAULT
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import collect_problems
+from diffsynth_core.planning.fit_options import OTHER_OPTIMIZERS
+from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer, rate_warnings
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.weights.headers import read_header
 
@@ -188,3 +192,22 @@ def run_python():
     import subprocess
 
     return lambda code: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_adafactor_as_fit_chooses_it_steps_as_far_as_the_learning_rate_says():
+    """Whatever the size of the weights, so that a learning rate for AdamW may stay."""
+    other = next(other for other in OTHER_OPTIMIZERS if other.parameters.get("optimizer") == "adafactor")
+    parameters = Parameters.model_validate({**other.parameters, "learning_rate": 1e-5})
+    with collect_problems() as problems:
+        choice = choose_optimizer(parameters, DEFAULT, frozenset())
+    assert problems == [] and list(rate_warnings(parameters, choice)) == []
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.0, 0.02, 0.5):
+        weight = nn.Parameter(scale * torch.randn(64, 48, generator=generator))
+        optimizer, start = choice.build(1e-5, [weight]), weight.detach().clone()
+        weight.grad = torch.randn(64, 48, generator=generator)
+        optimizer.step()
+        step = (weight.detach() - start).square().mean().sqrt().item()
+        assert 0.5e-5 < step <= 1.01e-5, scale
+    usual = OptimizerChoice("adafactor", {"weight_decay": 0.0})
+    assert len(list(rate_warnings(parameters, usual))) == 1
