@@ -64,7 +64,7 @@ def test_what_is_missing_is_told_where_nothing_fits(plan, says):
     says(outcome)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--fp8_models", ENTRY), ("--optimizer", "lion")])
+@pytest.mark.parametrize(("flag", "value"), [("--quant_options", f"{ENTRY}:int8"), ("--optimizer", "lion")])
 def test_what_a_flag_sets_stays(plan, flag, value):
     outcome = plan("--gpu_memory", "16GB", "--fit", flag, value)
     assert outcome.code in (0, 1)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from diffsynth_core.config.documents import flag
 from diffsynth_core.config.origins import DEFAULT
+from diffsynth_core.config.quant_options import QuantOption, join_quant_options, split_quant_options
 from diffsynth_core.errors import collect_problems
 from diffsynth_core.models.size_facts import MediaSize
 from diffsynth_core.planning.memory import known_shapes
@@ -33,7 +34,7 @@ FITTED = (
     "trained_dtype",
     "optimizer",
     "optimizer_args",
-    "fp8_models",
+    "quant_options",
 )
 """Parameters of the options that leave what is trained as it is."""
 Change = Callable[[MemoryConfig], MemoryConfig]
@@ -78,6 +79,16 @@ class OtherOptimizer:
     parameters: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """What it costs to quantize a frozen component, and in what, in words."""
+
+    cost: Cost
+    words: str
+
+
+QUANTIZATIONS = {"fp8": Quantization("precision", "8 bits"), "nf4": Quantization("quality", "4 bits")}
+"""Storage, which is also the method of `quant_options` -> what it costs. `int8` takes as many bits as `fp8`."""
 UPDATES: Mapping[str, Change] = {
     "fused_backward": partial(replace, fused_backward=True),
     "enable_optimizer_cpu_offload": partial(replace, optimizer_on_host=True),
@@ -142,8 +153,10 @@ def _storage_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOpti
     """Yield weight stores for components of which no weight trains other than by a LoRA."""
     changing = {*plan.training.full, *plan.training.parts}
     for name in plan.model.components:
-        if name not in changing and known_shapes(plan, name) and config.storage[name] != "float8":
-            yield MemoryOption("precision", ("fp8_models",), [partial(_stored, component=name, storage="float8")])
+        if name not in changing and known_shapes(plan, name) and config.storage[name] == "plain":
+            for storage, quantization in QUANTIZATIONS.items():
+                stored = partial(_stored, component=name, storage=storage)
+                yield MemoryOption(quantization.cost, ("quant_options",), [stored])
 
 
 def _stored(config: MemoryConfig, component: str, storage: str) -> MemoryConfig:
@@ -217,10 +230,13 @@ def _changed_optimizer(plan: RunPlan, after: MemoryConfig, before: MemoryConfig)
 
 
 def _changed_storage(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
-    rounded = [name for name, storage in after.storage.items() if storage != before.storage[name]]
-    if rounded:
-        entries = (*plan.parameters.fp8_models, *(_entry(plan, name) for name in rounded))
-        yield ParameterChange(f"{', '.join(rounded)} in 8-bit floats", "fp8_models", list(entries))
+    options, words = [*split_quant_options(plan.parameters.quant_options)], []
+    for storage, quantization in QUANTIZATIONS.items():
+        names = [name for name, kept in after.storage.items() if kept == storage != before.storage[name]]
+        options += [QuantOption((_entry(plan, name),), storage) for name in names]
+        words += [f"{', '.join(names)} in {quantization.words}"] if names else []
+    if words:
+        yield ParameterChange(", ".join(words), "quant_options", join_quant_options(options))
 
 
 def _entry(plan: RunPlan, component: str) -> str:

@@ -105,7 +105,7 @@ def test_a_change_that_saves_nothing_is_not_put_upon_others(plan):
     assert len(last) == len(set(last))
 
 
-def test_weights_that_train_are_not_kept_in_8_bit_floats(plan):
+def test_weights_that_train_are_not_quantized(plan):
     made = plan("flux.1-dev-full")
     config = config_of(made)
     names = {option.degrees[0](config).storage["dit"] for option in memory_options(made, config)}
