@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+from diffsynth_core.config.choices import SWAP_BUFFERS
 from diffsynth_core.config.documents import flag
 from diffsynth_core.config.origins import DEFAULT
 from diffsynth_core.config.quant_options import QuantOption, join_quant_options, split_quant_options
-from diffsynth_core.errors import collect_problems
+from diffsynth_core.errors import collect_problems, report
 from diffsynth_core.models.size_facts import MediaSize
+from diffsynth_core.planning.block_swap import swappable_blocks, with_number_of_blocks
 from diffsynth_core.planning.memory import known_shapes
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer
@@ -30,6 +32,7 @@ FITTED = (
     "use_gradient_checkpointing",
     "use_gradient_checkpointing_offload",
     "fused_backward",
+    "blocks_to_swap",
     "enable_optimizer_cpu_offload",
     "trained_dtype",
     "optimizer",
@@ -89,11 +92,6 @@ class Quantization:
 
 QUANTIZATIONS = {"fp8": Quantization("precision", "8 bits"), "nf4": Quantization("quality", "4 bits")}
 """Storage, which is also the method of `quant_options` -> what it costs. `int8` takes as many bits as `fp8`."""
-UPDATES: Mapping[str, Change] = {
-    "fused_backward": partial(replace, fused_backward=True),
-    "enable_optimizer_cpu_offload": partial(replace, optimizer_on_host=True),
-}
-"""Parameter -> what it makes of a config."""
 OTHER_OPTIMIZERS = (
     OtherOptimizer("time", "AdamW without buffers", {"optimizer_args": "fused=true"}),
     OtherOptimizer("precision", "AdamW with 8-bit state", {"optimizer": "adamw8bit"}),
@@ -121,16 +119,42 @@ def _activation_options(config: MemoryConfig) -> Iterator[MemoryOption]:
 
 
 def _update_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
-    """Yield when and in which dtype weights may be updated, and where the state of the optimizer may be."""
-    for name, change in UPDATES.items():
-        changed = plan.parameters.model_copy(update={name: True})
-        here, world_size = getattr(plan.parameters, name), plan.machine.world_size
-        if not here and not list(update_problems(changed, config.optimizer, config.precision, world_size)):
-            yield MemoryOption("time", (name,), [change])
+    """Yield updates in the backward pass, blocks and optimizer state in host memory, and training in bf16."""
+    if _may_update(plan, config, "fused_backward"):
+        yield MemoryOption("time", ("fused_backward",), [partial(replace, fused_backward=True)])
+    yield from _swap_options(plan, config)
+    if _may_update(plan, config, "enable_optimizer_cpu_offload"):
+        yield MemoryOption("time", ("enable_optimizer_cpu_offload",), [partial(replace, optimizer_on_host=True)])
     in_float32 = config.trained_dtype == "float32" and (plan.training.full or plan.training.parts)
     rounded = plan.parameters.model_copy(update={"trained_dtype": "bf16"})
     if in_float32 and not list(dtype_problems(rounded, config.optimizer, config.precision)):
         yield MemoryOption("precision", ("trained_dtype",), [partial(replace, trained_dtype="bf16")])
+
+
+def _may_update(plan: RunPlan, config: MemoryConfig, switch: str) -> bool:
+    """Return whether a parameter of updates is off and may be switched on."""
+    changed = plan.parameters.model_copy(update={switch: True})
+    problems = update_problems(changed, config.optimizer, config.precision, plan.machine.world_size)
+    return not getattr(plan.parameters, switch) and not list(problems)
+
+
+def _swap_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
+    """Yield blocks in host memory, with what blocks that train need besides. As many as are on the device at a time
+    save nothing."""
+    number = len(swappable_blocks(plan.model, plan.training))
+    if number <= max(SWAP_BUFFERS, config.blocks_to_swap):
+        return
+    for besides in ({}, {"use_gradient_checkpointing": True, "fused_backward": True}):
+        changed = plan.parameters.model_copy(update={"blocks_to_swap": number, **besides})
+        with collect_problems() as problems:
+            with_number_of_blocks(changed, plan.model, plan.training)
+            report(*update_problems(changed, config.optimizer, config.precision, plan.machine.world_size))
+        if not problems:
+            numbers = range(max(SWAP_BUFFERS, config.blocks_to_swap) + 1, number + 1)
+            change = partial(replace, **({"recompute": True, "fused_backward": True} if besides else {}))
+            degrees = [partial(change, blocks_to_swap=blocks) for blocks in numbers]
+            yield MemoryOption("time", ("blocks_to_swap", *besides), degrees)
+            return
 
 
 def _optimizer_options(plan: RunPlan) -> Iterator[MemoryOption]:
@@ -198,7 +222,14 @@ def parameter_changes(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) 
     """Return the parameters that make one config of another, which is that of the plan."""
     return tuple(
         change
-        for changes in (_changed_activations, _changed_updates, _changed_optimizer, _changed_storage, _changed_scope)
+        for changes in (
+            _changed_activations,
+            _changed_updates,
+            _changed_placement,
+            _changed_optimizer,
+            _changed_storage,
+            _changed_scope,
+        )
         for change in changes(plan, after, before)
     )
 
@@ -215,10 +246,17 @@ def _changed_activations(plan: RunPlan, after: MemoryConfig, before: MemoryConfi
 def _changed_updates(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
     if after.fused_backward and not before.fused_backward:
         yield ParameterChange("updates in the backward pass", "fused_backward", True)
-    if after.optimizer_on_host and not before.optimizer_on_host:
-        yield ParameterChange("optimizer state in host memory", "enable_optimizer_cpu_offload", True)
     if after.trained_dtype != before.trained_dtype:
         yield ParameterChange("weights trained in bf16", "trained_dtype", after.trained_dtype)
+
+
+def _changed_placement(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:
+    if after.blocks_to_swap != before.blocks_to_swap:
+        of_all = len(swappable_blocks(plan.model, plan.training))
+        words = f"{after.blocks_to_swap} of {of_all} blocks in host memory"
+        yield ParameterChange(words, "blocks_to_swap", after.blocks_to_swap)
+    if after.optimizer_on_host and not before.optimizer_on_host:
+        yield ParameterChange("optimizer state in host memory", "enable_optimizer_cpu_offload", True)
 
 
 def _changed_optimizer(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:

@@ -13,12 +13,15 @@ from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
 from diffsynth_core.planning.device import device_bytes, host_bytes
 from diffsynth_core.planning.fit_options import FITTED, MemoryOption, memory_options
 from diffsynth_core.planning.fitting import Candidate, MemoryFit, find_fit
+from diffsynth_core.planning.host_memory import available_bytes
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import format_memory
 
 ORIGIN = Origin("fit", "`--fit`")
+FREE_SHARE = 0.9
+"""Of the host memory that is free now, which may be less when the run starts."""
 LEAST_HOST_BYTES = 64 * 2**30
 """The least host memory that is assumed."""
 HOST_SHARE = 2
@@ -66,8 +69,11 @@ def host_limit(plan: RunPlan, gpu: int) -> int:
     Args:
         gpu: memory of the GPU.
     """
-    here = plan.machine.device.partition(":")[0] != "cpu"
-    return host_bytes() // plan.machine.world_size if here else assumed_host_bytes(gpu)
+    if plan.machine.device.partition(":")[0] == "cpu":
+        return assumed_host_bytes(gpu)
+    # Processes that were launched by another program have to find the same changes, so none asks what is free just now.
+    world_size = plan.machine.world_size
+    return host_bytes() // world_size if world_size > 1 else int(FREE_SHARE * available_bytes())
 
 
 def assumed_host_bytes(gpu: int) -> int:

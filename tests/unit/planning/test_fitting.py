@@ -66,9 +66,7 @@ def test_the_changes_are_what_the_options_do(plan, recipe):
     for option in memory_options(made, config):
         for degree in option.degrees[:: max(1, len(option.degrees) - 1)]:
             changes = parameter_changes(made, degree(config), config)
-            assert {change.parameter for change in changes} == {*option.parameters} - {
-                name for name in ("optimizer_args", "optimizer") if len(changes) < len(option.parameters)
-            }
+            assert changes and {change.parameter for change in changes} <= {*option.parameters}
             again = config_of(plan(recipe, **{"use_gradient_checkpointing": False, "batch_size": 2,
                                               **{change.parameter: change.value for change in changes}}))  # fmt: skip
             assert again == degree(config), changes
