@@ -49,6 +49,7 @@ docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schem
 	$(BIN)/python -m diffsynth_core.config.documents docs
 	$(BIN)/python -m diffsynth_core.dataset_report.documents docs
 	$(BIN)/python -m diffsynth_core.planning.documents docs
+	$(BIN)/python -m diffsynth_core.planning.presets recipes
 	$(BIN)/python docs/make_images.py docs
 	$(BIN)/python -m docs.make_report_images docs
 	$(MAKE) train KEYHOLE=$(KEYHOLE)

@@ -1,5 +1,13 @@
 """The values of DiffSynth-Studio's training scripts, by the recipe that must expand to them."""
 
+from diffsynth_core.config.recipes import load_recipe, recipe_names
+
+PRESETS = {
+    name: recipe.layers[-1].parameters
+    for name in recipe_names()
+    if "gpu_memory" in (recipe := load_recipe(name)).parameters
+}
+"""Recipes for GPUs of one size, and what they set beside what the recipe that they extend does."""
 DEFAULTS = {
     "dataset_base_path": "data/example_image_dataset",
     "dataset_metadata_path": None,

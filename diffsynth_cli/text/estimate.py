@@ -90,6 +90,7 @@ def _training_parts(config: MemoryConfig, training: TrainingMemory, optimizer: s
         ),
         **({"LoRA": training.adapters} if training.adapters else {}),
         "gradient of the largest tensor" if training.updated_in_passes else "gradients": training.gradients,
+        **({"buffers in which DDP sends gradients": training.buckets} if training.buckets else {}),
         f"optimizer state ({optimizer})": training.optimizer,
         **{name: size for name, size in optional.items() if size},
         f"training in total{suffix}": training.total,

@@ -9,6 +9,7 @@ import pytest
 from diffsynth_cli.text.wrapping import wrap_line
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS
 from diffsynth_core.config.recipes import recipe_names
+from tests.documented_recipes import PRESETS
 from tests.naming import names
 
 QWEN = "Qwen/Qwen-Image:"
@@ -40,7 +41,9 @@ def plan(cli, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.long] if name in PRESETS else []) for name in recipe_names()]
+)
 def test_every_recipe_has_a_plan_without_files(plan, recipe):
     outcome = plan(recipe, "--verbose")
     assert (outcome.code, outcome.err) == (0, "")

@@ -9,7 +9,7 @@ import yaml
 from diffsynth_core.config.documents import command_line, shown_values
 from diffsynth_core.config.parameters import ALIASES, SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_names
-from tests.documented_recipes import DEFAULTS, FAMILIES, REFERENCE, STAGED
+from tests.documented_recipes import DEFAULTS, FAMILIES, PRESETS, REFERENCE, STAGED
 from tests.naming import names
 
 OWN = {
@@ -22,6 +22,10 @@ OWN = {
         "lr_warmup_steps": 100,
     },
     "shapes-lora": {"batch_size": 24, "lr_scheduler": "cosine", "lr_warmup_steps": 20},
+    **{
+        preset: {name: value for name, value in parameters.items() if name not in DEFAULTS}
+        for preset, parameters in PRESETS.items()
+    },
 }
 """Recipes that DiffSynth-Studio does not have, and what they set that its documentation does not have either."""
 

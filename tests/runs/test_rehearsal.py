@@ -15,6 +15,7 @@ import pytest
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.data.synthetic_images import DRAWN
 from tests.conftest import ENTRIES, MODEL_ID
+from tests.documented_recipes import PRESETS
 
 PROOFS = {
     "qwen-image": (
@@ -48,12 +49,15 @@ LIKE_OTHERS = (
 )
 """Recipes, or models of which both recipes are meant, that differ from another one only in name and size: variant, what
 is trained and how, and stages are rehearsed with the others. `make test-all` rehearses them too."""
+QUICK_PRESETS = ("qwen-image-lora-12gb", "qwen-image-full-24gb")
+"""Recipes for GPUs of one size that are rehearsed at each change."""
 
 
 def recipes() -> Iterator[Any]:
     for name in recipe_names():
         model = name.removesuffix("-lora").removesuffix("-full")
-        yield pytest.param(name, marks=[pytest.mark.long] if {name, model} & {*LIKE_OTHERS} else [])
+        long = {name, model} & {*LIKE_OTHERS} or (name in PRESETS and name not in QUICK_PRESETS)
+        yield pytest.param(name, marks=[pytest.mark.long] if long else [])
 
 
 @pytest.mark.parametrize("recipe", list(recipes()))
@@ -73,7 +77,7 @@ def test_every_recipe_rehearses(cli, recipe):
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
         assert "Saved" in (folder / "train.log").read_text()
     lora, full = next(proofs for begin, proofs in PROOFS.items() if recipe.startswith(begin))
-    assert outcome.out.count(full if recipe.endswith("-full") else lora) == len(stages)
+    assert outcome.out.count(full if "-full" in recipe else lora) == len(stages)
     yours = "YOUR_VIDEOS" if recipe.startswith("wan") else "YOUR_IMAGES"
     assert f"--recipe {recipe}" in outcome.out and f"--dataset_base_path {yours}" in outcome.out
 

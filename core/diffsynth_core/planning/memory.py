@@ -57,6 +57,7 @@ class TrainingMemory:
     `on_host`: what waits in host memory for the backward pass.
     `swap_buffers`: room for weights that are copied from host memory; `weights` is without all that wait there.
     `swapped`: weights that wait in host memory.
+    `buckets`: buffers in which DDP sends gradients to other processes (`gradient_as_bucket_view` is off in PyTorch).
     """
 
     weights: Mapping[str, int]
@@ -70,6 +71,7 @@ class TrainingMemory:
     updated_in_passes: bool = False
     swap_buffers: int = 0
     swapped: int = 0
+    buckets: int = 0
 
     @property
     def update_is_fullest(self) -> bool:
@@ -80,7 +82,7 @@ class TrainingMemory:
     def total(self) -> int:
         """Peak bytes: what lasts, and the larger of the passes and the update of a step."""
         weights = sum(self.weights.values()) + self.swap_buffers
-        lasting = weights + self.adapters + self.gradients + self.optimizer
+        lasting = weights + self.adapters + self.gradients + self.buckets + self.optimizer
         passes = self.activations + self.autocast_weights
         return lasting + (passes + self.update if self.updated_in_passes else max(passes, self.update))
 
@@ -147,8 +149,6 @@ def unknown_parts(plan: RunPlan) -> list[str]:
     unknown += [f"activations that autograd keeps of {name}" for name in in_step - measured]
     if plan.task.trains and plan.training.optimizer.is_class:
         unknown.append(f"the state of `{plan.training.optimizer.name}`, counted like that of AdamW")
-    if plan.machine.world_size > 1 and plan.task.trains:
-        unknown.append("communication buffers for gradients, as large as the gradients")
     return sorted(unknown)
 
 
@@ -288,6 +288,7 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         updated_in_passes=config.fused_backward,
         swap_buffers=max(units, default=0) * min(SWAP_BUFFERS, len(units)),
         swapped=sum(units),
+        buckets=sum(gradients) if plan.machine.world_size > 1 else 0,
     )
 
 

@@ -86,10 +86,9 @@ def test_nothing_is_changed_that_is_not_needed(plan):
     fit = find_fit(made, config, 20 * GIB, options=options)
     assert fit.fits and not fit.fits_unchanged and fit.left >= TIGHT_BYTES
     for left_out in fit.changes:
-        rest = [option for option in options if left_out.parameter not in option.parameters]
-        assert left_out not in find_fit(made, config, 20 * GIB, options=rest).changes
-        kept = [option for option in rest if {*option.parameters} <= {change.parameter for change in fit.changes}]
-        assert not find_fit(made, config, 20 * GIB, options=kept).fits
+        others = {change.parameter: change.value for change in fit.changes if change != left_out}
+        without = plan(**{"use_gradient_checkpointing": False, **others})
+        assert device_memory(without, config_of(without)).peak > 20 * GIB - TIGHT_BYTES, left_out
 
 
 @pytest.mark.slow
