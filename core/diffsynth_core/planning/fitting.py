@@ -162,13 +162,16 @@ def find_fit(
 def _lowering(options: Sequence[MemoryOption], excess: Excess) -> Iterator[Degrees]:
     """Yield sets of changes, each with less excess than the one before, until there is none or no option lowers it.
 
-    The options are gone through again after each improvement: what waits in host memory may find room there only after
-    another one has made it smaller.
+    Options of one cost are exhausted before those that cost more, and all are gone through again after each improvement:
+    what waits in host memory may find room there only after another option has made it smaller.
     """
-    chosen, improved = (0,) * len(options), True
-    while improved:
+    chosen, costs = (0,) * len(options), [option.cost for option in options]
+    limits = [
+        number for number in range(1, len(options) + 1) if costs[number - 1 : number] != costs[number : number + 1]
+    ]
+    while limits:
         improved = False
-        for number, option in enumerate(options):
+        for number, option in enumerate(options[: limits[0]]):
             if not excess(chosen):
                 return
             count = len(option.degrees)
@@ -178,6 +181,8 @@ def _lowering(options: Sequence[MemoryOption], excess: Excess) -> Iterator[Degre
             if lowest != chosen:
                 chosen, improved = lowest, True
                 yield chosen
+        if not improved:
+            limits.pop(0)
 
 
 def _minimal(chosen: Degrees, excess: Excess) -> Degrees:

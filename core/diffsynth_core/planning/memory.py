@@ -231,11 +231,13 @@ def waiting_blocks(plan: RunPlan, config: MemoryConfig) -> list[list[tuple[tuple
     """Blocks whose trained weights wait in host memory: shape of each weight, and whether it trains in bfloat16."""
     denoiser = plan.model.facts.denoiser
     blocks = trained_blocks(plan.model, plan.training, config.blocks_to_swap)
-    weights = list(_full_shapes(plan, config.trained_dtype)) if blocks else []
-    return [
-        [(shape, rounded) for name, shape, rounded in weights if name.startswith(f"{denoiser}.{block}.")]
-        for block in blocks
-    ]
+    found: dict[str, list[tuple[tuple[int, ...], bool]]] = {f"{denoiser}.{block}": [] for block in blocks}
+    for name, shape, rounded in _full_shapes(plan, config.trained_dtype) if blocks else ():
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            if (block := ".".join(parts[:depth])) in found:
+                found[block].append((shape, rounded))
+    return list(found.values())
 
 
 def states_on_host(plan: RunPlan, config: MemoryConfig) -> list[tuple[int, ...]]:
