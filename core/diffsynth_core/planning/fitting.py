@@ -162,7 +162,7 @@ def find_fit(
 def _lowering(options: Sequence[MemoryOption], excess: Excess) -> Iterator[Degrees]:
     """Yield sets of changes, each with less excess than the one before, until there is none or no option lowers it.
 
-    Options of one cost are exhausted before those that cost more, and all are gone through again after each improvement:
+    Options of one cost are exhausted before those that cost more, and all are gone through again after an improvement:
     what waits in host memory may find room there only after another option has made it smaller.
     """
     chosen, costs = (0,) * len(options), [option.cost for option in options]
