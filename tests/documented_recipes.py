@@ -50,6 +50,9 @@ DEFAULTS = {
     "tokenizer_2_path": None,
     "align_to_opensource_format": False,
     "initialize_model_on_cpu": False,
+    "enable_model_cpu_offload": False,
+    "cpu_offload_split_threshold": None,
+    "enable_optimizer_cpu_offload": False,
     "zero_cond_t": False,
 }
 """Documented names and their defaults."""
