@@ -7,16 +7,10 @@ from pathlib import Path
 from diffsynth_cli.text.plan import DEVICES, format_size
 from diffsynth_core.config.choices import SWAP_BUFFERS
 from diffsynth_core.files import free_bytes, model_base_path
+from diffsynth_core.planning.disk import disk_use, download_bytes
 from diffsynth_core.planning.fitted import gpu_bytes, host_limit
 from diffsynth_core.planning.fitting import MemoryFit, find_fit
-from diffsynth_core.planning.memory import (
-    TrainingMemory,
-    device_memory,
-    disk_use,
-    download_bytes,
-    host_memory,
-    unknown_parts,
-)
+from diffsynth_core.planning.memory import TrainingMemory, device_memory, host_memory, unknown_parts
 from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import ASSUMED_CAPTION, Workload, find_workload

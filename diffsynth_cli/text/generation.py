@@ -9,7 +9,7 @@ from diffsynth_core.generation.job import GenerationJob, GenerationPlan
 from diffsynth_core.generation.memory import find_storage, sizes_are_known, weights_at_once, weights_fit
 from diffsynth_core.generation.plan import Generation
 from diffsynth_core.hub.model_files import MissingFiles
-from diffsynth_core.planning.memory import download_bytes, file_bytes
+from diffsynth_core.planning.disk import download_bytes, file_bytes
 from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
 

@@ -9,10 +9,11 @@ from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import list_names
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.planning.block_swap import swappable_blocks
+from diffsynth_core.planning.disk import file_bytes, has_scales
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.host_memory import shortage_here
 from diffsynth_core.planning.lora_targets import kinds_of
-from diffsynth_core.planning.memory import count_parameters, file_bytes, has_scales
+from diffsynth_core.planning.memory import count_parameters
 from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, format_bytes, format_count, format_memory, pluralize, verb

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.models.loading import build_empty
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.planning.disk import disk_use
 from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.memory import count_parameters, device_memory, disk_use, training_memory, unknown_parts
+from diffsynth_core.planning.memory import count_parameters, device_memory, training_memory, unknown_parts
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.optimizers import OPTIMIZERS

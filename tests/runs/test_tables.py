@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.memory import device_memory, state_bytes
+from diffsynth_core.planning.disk import state_bytes
+from diffsynth_core.planning.memory import device_memory
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.optimizers import OPTIMIZERS, OptimizerSpec, on_accelerators, per_number

@@ -16,7 +16,7 @@ def frozen_blocks(facts: ComponentFacts, shapes: Shapes, trained: Collection[str
     Args:
         trained: module keys of weights that train without LoRA.
     """
-    changing = {_block_of(name, facts) for name in trained}
+    changing = {block_of(name, facts) for name in trained}
     blocks = [f"{name}.{index}" for name in facts.blocks for index in range(count_blocks(shapes, f"{name}."))]
     return tuple(block for block in blocks if block not in changing)
 
@@ -55,7 +55,7 @@ def _split(prefix: str, layers: Sequence[str], shapes: Shapes, limit: float) -> 
     ]
 
 
-def _block_of(name: str, facts: ComponentFacts) -> str | None:
+def block_of(name: str, facts: ComponentFacts) -> str | None:
     """Return the block that a weight stands in."""
     for blocks in facts.blocks:
         if name.startswith(f"{blocks}."):

@@ -7,6 +7,7 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import Problem, report
 from diffsynth_core.models.block_swap import choose_blocks, frozen_blocks, swap_units
 from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.remembered import remembered
 from diffsynth_core.planning.targets import Training
 from diffsynth_core.progress import pluralize
 
@@ -31,6 +32,7 @@ def trained_blocks(model: ModelPlan, training: Training, number: int | str) -> t
     return choose_blocks(blocks, min(number, len(blocks))) if number and blocks else ()
 
 
+@remembered
 def _frozen_blocks(model: ModelPlan, training: Training | None) -> tuple[str, ...]:
     """Return the frozen blocks of the denoiser; None: all, as if nothing trained."""
     denoiser = model.facts.denoiser

@@ -1,16 +1,15 @@
-"""How much memory and disk a run takes, from sizes alone. No torch.
+"""How much memory a run takes, from sizes alone. No torch.
 
 Counted are weights, adapters, gradients, the optimizer's state and what autograd keeps of the largest micro-batch; not
 counted is what operations need while they work, nor the driver.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from diffsynth_core.config.choices import COMPUTE_DTYPES, SWAP_BUFFERS, TrainedDtype
-from diffsynth_core.models.bases import part_of
+from diffsynth_core.config.choices import COMPUTE_DTYPES, SWAP_BUFFERS
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.hub_shapes import hub_shapes
 from diffsynth_core.models.shapes import layers_of_blocks
@@ -22,15 +21,22 @@ from diffsynth_core.planning.activations import (
     measured_encoders,
     step_activations,
     step_components,
-    trainable_weights,
 )
 from diffsynth_core.planning.block_swap import trained_blocks, units_of_blocks
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.remembered import remembered
+from diffsynth_core.planning.trained_sizes import (
+    float32_shapes,
+    full_weights,
+    lora_numbers,
+    rounded_shapes,
+    trained_shapes,
+    trained_tensor_bytes,
+)
 from diffsynth_core.planning.two_stage import components_of
 from diffsynth_core.progress import pluralize
-from diffsynth_core.weights.base_files import FLOAT8
 
 ROUNDING_BYTES = 16
 """Per number of a tensor in bfloat16 while it is updated: weight, gradient and update in float32, and a temporary."""
@@ -102,25 +108,6 @@ class EncodingMemory:
 
 
 @dataclass(frozen=True)
-class DiskUse:
-    """Bytes that a run writes: encodings, each checkpoint and how many there are, and the states that resume needs.
-
-    `state` is that of one step; `states` are on disk at most, with the one being written.
-    """
-
-    cache: int
-    checkpoint: int
-    checkpoints: int
-    state: int
-    states: int
-
-    @property
-    def written(self) -> int:
-        """Of all checkpoints, at least one, and the states."""
-        return self.checkpoint * max(1, self.checkpoints) + self.states * self.state
-
-
-@dataclass(frozen=True)
 class DeviceMemory:
     """Bytes on the device: each encoder comes and goes before training begins."""
 
@@ -160,54 +147,6 @@ def count_parameters(plan: Planned, component: str) -> int:
     return plan.model.published[component].parameters if component in plan.model.published else 0
 
 
-def lora_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
-    """Shapes of the LoRA's tensors: A of each public module once, B of each of its parts."""
-    component = plan.training.lora_component
-    if not component:
-        return []
-    public_keys, shapes = plan.model.components[component].layout.public_keys, plan.model.shapes.get(component, {})
-    found: list[tuple[int, ...]] = []
-    for module in plan.training.lora_modules:
-        parts = [shapes[f"{name}.weight"] for name in public_keys.to_targets(module) or ()]
-        found.append((rank, *parts[0][1:]))
-        found += [(part[0], rank, *(1 for _ in part[2:])) for part in parts]
-    return found
-
-
-def lora_numbers(plan: RunPlan, rank: int) -> int:
-    """Numbers in the LoRA."""
-    return sum(map(math.prod, lora_shapes(plan, rank)))
-
-
-def trained_shapes(plan: RunPlan, rank: int) -> list[tuple[int, ...]]:
-    """Shapes of all tensors that take gradients, with a LoRA of this rank."""
-    return lora_shapes(plan, rank) + [shape for _, shape, _ in _full_shapes(plan, "float32")]
-
-
-def float32_shapes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[tuple[int, ...]]:
-    """Shapes of those that train in float32, where weights train in `dtype`."""
-    return lora_shapes(plan, rank) + [shape for _, shape, rounded in _full_shapes(plan, dtype) if not rounded]
-
-
-def rounded_shapes(plan: RunPlan, dtype: TrainedDtype) -> list[tuple[int, ...]]:
-    """Shapes of those that train in bfloat16, where weights train in `dtype`."""
-    return [shape for _, shape, rounded in _full_shapes(plan, dtype) if rounded]
-
-
-def _full_shapes(plan: RunPlan, dtype: TrainedDtype) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Yield name and shape of each tensor that trains without LoRA, and whether it does so in bfloat16."""
-    for part, shapes in plan.model.shapes.items():
-        stays_float32 = plan.model.facts.component(part).stays_float32
-        for name in trainable_weights(plan, part, shapes):
-            yield f"{part}.{name}", shapes[name], dtype == "bf16" and not stays_float32(name)
-
-
-def trained_tensor_bytes(plan: RunPlan, rank: int, dtype: TrainedDtype) -> list[int]:
-    """Bytes of each tensor that trains, where weights train in `dtype`; its gradient takes as much."""
-    sizes = {"float32": float32_shapes(plan, rank, dtype), "bfloat16": rounded_shapes(plan, dtype)}
-    return [math.prod(shape) * BYTES[kept] for kept, shapes in sizes.items() for shape in shapes]
-
-
 def update_bytes(plan: RunPlan, config: MemoryConfig) -> int:
     """Bytes that the step works with: for all float32 tensors, and then for the largest of the others; or for the
     largest of all, with its state if states are on the host.
@@ -229,14 +168,12 @@ def update_bytes(plan: RunPlan, config: MemoryConfig) -> int:
 
 def waiting_blocks(plan: RunPlan, config: MemoryConfig) -> list[list[tuple[tuple[int, ...], bool]]]:
     """Blocks whose trained weights wait in host memory: shape of each weight, and whether it trains in bfloat16."""
-    denoiser = plan.model.facts.denoiser
+    in_bf16 = config.trained_dtype == "bf16"
     blocks = trained_blocks(plan.model, plan.training, config.blocks_to_swap)
-    found: dict[str, list[tuple[tuple[int, ...], bool]]] = {f"{denoiser}.{block}": [] for block in blocks}
-    for name, shape, rounded in _full_shapes(plan, config.trained_dtype) if blocks else ():
-        parts = name.split(".")
-        for depth in range(len(parts)):
-            if (block := ".".join(parts[:depth])) in found:
-                found[block].append((shape, rounded))
+    found: dict[str | None, list[tuple[tuple[int, ...], bool]]] = {block: [] for block in blocks}
+    for weight in full_weights(plan) if blocks else ():
+        if weight.block in found:
+            found[weight.block].append((weight.shape, in_bf16 and not weight.stays_float32))
     return list(found.values())
 
 
@@ -245,11 +182,6 @@ def states_on_host(plan: RunPlan, config: MemoryConfig) -> list[tuple[int, ...]]
     if config.optimizer_on_host:
         return trained_shapes(plan, config.rank)
     return [shape for block in waiting_blocks(plan, config) for shape, _ in block]
-
-
-def count_trained(plan: RunPlan) -> int:
-    """Numbers that take gradients."""
-    return sum(map(math.prod, trained_shapes(plan, plan.parameters.lora_rank)))
 
 
 def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
@@ -331,9 +263,10 @@ def frozen_bytes(
     return sum(bytes_of_weights(plan, component, precision, storage, trained).values())
 
 
+@remembered
 def bytes_of_weights(
     plan: Planned, component: str, precision: str, storage: str, trained: frozenset[str] = frozenset()
-) -> dict[str, int]:
+) -> Mapping[str, int]:
     """Bytes of each weight of a component whose shapes are known, by module key; as `frozen_bytes`."""
     shapes, low = known_shapes(plan, component), BYTES[COMPUTE_DTYPES[precision]]
     fp32 = {*filter(plan.model.facts.component(component).stays_float32, shapes), *trained}
@@ -382,74 +315,6 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
         ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample
         parts[f"samples prefetched by {pluralize(parameters.dataset_num_workers, 'worker')}"] = ready
     return parts
-
-
-def disk_use(plan: RunPlan, config: MemoryConfig, encoded: EncodedSize) -> DiskUse:
-    """Bytes that a run writes, of all samples what is `encoded`."""
-    cache = 0 if plan.data.encoded else encoded.bytes_in(config.precision)
-    states = most_states(plan, plan.parameters.keep_states)
-    return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state_bytes(plan), states)
-
-
-def state_bytes(plan: RunPlan) -> int:
-    """Of the state after one step: trained weights, in the dtype in which they train, and the optimizer's state."""
-    if not plan.task.trains:
-        return 0
-    rank = plan.parameters.lora_rank
-    weights = trained_tensor_bytes(plan, rank, plan.training.dtype)
-    return sum(weights) + plan.training.optimizer.state_bytes(trained_shapes(plan, rank))
-
-
-def most_states(plan: RunPlan, keep: int) -> int:
-    """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed."""
-    total = plan.data.steps.total_steps
-    every = plan.parameters.save_state_steps or plan.parameters.save_steps or plan.data.steps.steps_per_epoch
-    return min(keep + 1, -(-total // every)) if total else keep + 1
-
-
-def checkpoint_bytes(plan: RunPlan) -> int:
-    """Of one checkpoint: LoRA in float32, full weights as in the base file, both otherwise with `save_dtype`."""
-    save = plan.parameters.save_dtype
-    total = lora_numbers(plan, plan.parameters.lora_rank) * BYTES[save or "float32"]
-    for name in plan.training.components & plan.model.shapes.keys():
-        written = plan.training.weights(name, plan.model.components[name].layout, plan.model.shapes[name])
-        numbers = sum(math.prod(plan.model.shapes[name][weight]) for weight in written)
-        total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name))) if numbers else 0
-    return total
-
-
-def stored_bytes(plan: RunPlan, component: str) -> float:
-    """Bytes of a number in a full checkpoint of a component, which is written as its files are, on average; for
-    8-bit floats bfloat16 is written."""
-    if component in plan.model.published:
-        return BYTES[plan.model.published[component].dtype]
-    tensors = part_of(plan.model.components[component]).tensors.values()
-    written = sum(tensor.nbytes * (2 if tensor.dtype in FLOAT8 else 1) for tensor in tensors)
-    return written / sum(math.prod(tensor.shape) for tensor in tensors)
-
-
-def file_bytes(plan: Planned, component: str) -> int:
-    """Of a component in files, those that are there or those that are published."""
-    if component in plan.model.published:
-        published = plan.model.published[component]
-        return published.parameters * BYTES[published.dtype]
-    return part_of(plan.model.components[component]).nbytes
-
-
-def has_scales(plan: RunPlan, component: str) -> bool:
-    """Whether a component's files store weights in 8-bit floats with scales."""
-    return component not in plan.model.published and bool(part_of(plan.model.components[component]).scales)
-
-
-def download_bytes(plan: Planned) -> int:
-    """Of the components whose files are not there, as they are published."""
-    return sum(file_bytes(plan, name) for name in plan.model.published)
-
-
-def count_checkpoints(plan: RunPlan) -> int:
-    """How many a run writes: every `save_steps`, or at the end of each epoch, and the last."""
-    total, every = plan.data.steps.total_steps, plan.parameters.save_steps or plan.data.steps.steps_per_epoch
-    return -(-total // every) if total else 0
 
 
 def _sizes_known(plan: RunPlan) -> bool:

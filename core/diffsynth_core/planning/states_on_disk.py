@@ -5,7 +5,7 @@ from pathlib import Path
 from diffsynth_core.checkpoints.saved_states import state_folders
 from diffsynth_core.errors import Problem
 from diffsynth_core.files import free_bytes
-from diffsynth_core.planning.memory import checkpoint_bytes, most_states, state_bytes
+from diffsynth_core.planning.disk import checkpoint_bytes, most_states, state_bytes
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import format_bytes, pluralize
 

@@ -8,24 +8,20 @@ import pytest
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.sampling import Sampling
+from diffsynth_core.planning.disk import checkpoint_bytes, count_checkpoints, disk_use, most_states, state_bytes
 from diffsynth_core.planning.memory import (
     PREFETCHED,
     DeviceMemory,
     EncodingMemory,
-    checkpoint_bytes,
-    count_checkpoints,
-    count_trained,
-    disk_use,
     encoding_memory,
     host_memory,
-    most_states,
-    state_bytes,
     training_memory,
 )
 from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import Workload, find_workload
 from diffsynth_core.planning.states_on_disk import state_problems
+from diffsynth_core.planning.trained_sizes import count_trained
 from diffsynth_core.progress import SilentReporter
 
 MakePlan = Callable[..., RunPlan]

@@ -1,0 +1,100 @@
+"""How much disk a run takes: encodings, checkpoints, states, downloads; from sizes alone. No torch."""
+
+import math
+from dataclasses import dataclass
+
+from diffsynth_core.models.bases import part_of
+from diffsynth_core.models.encoded_sizes import EncodedSize
+from diffsynth_core.models.size_facts import BYTES
+from diffsynth_core.planning.memory import Planned
+from diffsynth_core.planning.memory_config import MemoryConfig
+from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.trained_sizes import lora_numbers, trained_shapes, trained_tensor_bytes
+from diffsynth_core.weights.base_files import FLOAT8
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes that a run writes: encodings, each checkpoint and how many there are, and the states that resume needs.
+
+    `state` is that of one step; `states` are on disk at most, with the one being written.
+    """
+
+    cache: int
+    checkpoint: int
+    checkpoints: int
+    state: int
+    states: int
+
+    @property
+    def written(self) -> int:
+        """Of all checkpoints, at least one, and the states."""
+        return self.checkpoint * max(1, self.checkpoints) + self.states * self.state
+
+
+def disk_use(plan: RunPlan, config: MemoryConfig, encoded: EncodedSize) -> DiskUse:
+    """Bytes that a run writes, of all samples what is `encoded`."""
+    cache = 0 if plan.data.encoded else encoded.bytes_in(config.precision)
+    states = most_states(plan, plan.parameters.keep_states)
+    return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state_bytes(plan), states)
+
+
+def state_bytes(plan: RunPlan) -> int:
+    """Of the state after one step: trained weights, in the dtype in which they train, and the optimizer's state."""
+    if not plan.task.trains:
+        return 0
+    rank = plan.parameters.lora_rank
+    weights = trained_tensor_bytes(plan, rank, plan.training.dtype)
+    return sum(weights) + plan.training.optimizer.state_bytes(trained_shapes(plan, rank))
+
+
+def most_states(plan: RunPlan, keep: int) -> int:
+    """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed."""
+    total = plan.data.steps.total_steps
+    every = plan.parameters.save_state_steps or plan.parameters.save_steps or plan.data.steps.steps_per_epoch
+    return min(keep + 1, -(-total // every)) if total else keep + 1
+
+
+def checkpoint_bytes(plan: RunPlan) -> int:
+    """Of one checkpoint: LoRA in float32, full weights as in the base file, both otherwise with `save_dtype`."""
+    save = plan.parameters.save_dtype
+    total = lora_numbers(plan, plan.parameters.lora_rank) * BYTES[save or "float32"]
+    for name in plan.training.components & plan.model.shapes.keys():
+        written = plan.training.weights(name, plan.model.components[name].layout, plan.model.shapes[name])
+        numbers = sum(math.prod(plan.model.shapes[name][weight]) for weight in written)
+        total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name))) if numbers else 0
+    return total
+
+
+def stored_bytes(plan: RunPlan, component: str) -> float:
+    """Bytes of a number in a full checkpoint of a component, which is written as its files are, on average; for
+    8-bit floats bfloat16 is written."""
+    if component in plan.model.published:
+        return BYTES[plan.model.published[component].dtype]
+    tensors = part_of(plan.model.components[component]).tensors.values()
+    written = sum(tensor.nbytes * (2 if tensor.dtype in FLOAT8 else 1) for tensor in tensors)
+    return written / sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def file_bytes(plan: Planned, component: str) -> int:
+    """Of a component in files, those that are there or those that are published."""
+    if component in plan.model.published:
+        published = plan.model.published[component]
+        return published.parameters * BYTES[published.dtype]
+    return part_of(plan.model.components[component]).nbytes
+
+
+def has_scales(plan: RunPlan, component: str) -> bool:
+    """Whether a component's files store weights in 8-bit floats with scales."""
+    return component not in plan.model.published and bool(part_of(plan.model.components[component]).scales)
+
+
+def download_bytes(plan: Planned) -> int:
+    """Of the components whose files are not there, as they are published."""
+    return sum(file_bytes(plan, name) for name in plan.model.published)
+
+
+def count_checkpoints(plan: RunPlan) -> int:
+    """How many a run writes: every `save_steps`, or at the end of each epoch, and the last."""
+    total, every = plan.data.steps.total_steps, plan.parameters.save_steps or plan.data.steps.steps_per_epoch
+    return -(-total // every) if total else 0
