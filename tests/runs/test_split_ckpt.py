@@ -1,6 +1,5 @@
 """Real checkpoints of each family, split: every part loads into its class, and joined they equal the original."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -190,38 +189,3 @@ def test_the_order_of_keys_means_nothing(cli, checkpoint, seed):
         (whole,) = Path(f"{joined}-whole").iterdir()
         assert same_tensors(path, whole)
         assert metadata_of(whole) == metadata_of(path)
-
-
-def test_diffusers_and_transformers_read_the_shards(cli, checkpoint, tiny_models):
-    """A folder with the model's config.json and shards under the name that each library expects."""
-    from diffusers import QwenImageControlNetModel
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    path = checkpoint("qwen-image")
-    split = ("split-ckpt", path, "--output_path", "parts", "--layout", "diffusers", "--max_shard_size", "100kB")
-    assert cli(*split).code == 0
-    family = load_family("qwen-image")
-    readers = {
-        "controlnet": (QwenImageControlNetModel, "diffusion_pytorch_model"),
-        "text_encoder": (Qwen2_5_VLForConditionalGeneration, "model"),
-    }
-    for component, (reader, stem) in readers.items():
-        folder = Path(component)
-        folder.mkdir()
-        for file in Path("parts").glob(f"{component}*"):
-            text = file.name.replace(component, stem)
-            if file.suffix == ".json":
-                (folder / text).write_text(file.read_text().replace(f'"{component}-', f'"{stem}-'))
-            else:
-                file.rename(folder / text)
-        tensors = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
-        module = build(family, component, tensors, tiny_models)
-        if component == "controlnet":
-            module.save_config(folder)
-        else:
-            module.config.save_pretrained(folder)
-        loaded, info = reader.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-        state = loaded.state_dict()
-        assert all(torch.equal(state[key], tensors[key]) for key in tensors)
-        assert json.loads((folder / f"{stem}.safetensors.index.json").read_text())["metadata"]["total_size"] > 0

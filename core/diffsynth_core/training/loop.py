@@ -311,11 +311,12 @@ class Run:
         names = ", ".join(samples[ref.sample].name for batch in batches for ref in batch)
         what = "loss is" if not math.isfinite(loss) else "gradient is"
         self.record.diverged_step = step + 1
+        clipped = "" if self.plan.parameters.fused_backward else " or `--max_grad_norm 1`"  # they exclude each other
         kept = f"the state after step {self.saved} is saved in `{self.folder / STATE_FOLDER}`"
         raise Diverged(
             f"the {what} not finite in step {step + 1}; {kept if self.saved else 'no earlier state was saved'}; "
             f"samples of this step: {names}",
-            "check these samples, or resume with `--resume auto` and a lower `--learning_rate` or `--max_grad_norm 1`",
+            f"check these samples, or resume with `--resume auto` and a lower `--learning_rate`{clipped}",
         )
 
     def _update(self, sample_count: int) -> None:
