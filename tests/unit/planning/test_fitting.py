@@ -1,35 +1,18 @@
 """Which changes make a run fit: the cheapest, none that is not needed, and none that does not help."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from diffsynth_core.config.parameters import SETTINGS
-from diffsynth_core.config.resolve import resolve
 from diffsynth_core.planning.fit_options import FITTED, MemoryOption, memory_options, parameter_changes
 from diffsynth_core.planning.fitting import TIGHT_BYTES, MemoryFit, find_fit
 from diffsynth_core.planning.memory import device_memory
 from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
-from diffsynth_core.planning.plan import RunPlan, make_plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import find_workload
-from diffsynth_core.progress import SilentReporter
 
 GIB = 2**30
-MakePlan = Callable[..., RunPlan]
-
-
-@pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
-    """The plan of a recipe where no model files are."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(recipe: str = "flux.1-dev-lora", **parameters: object) -> RunPlan:
-        given = {"recipe": recipe, "output_path": "out", "cache_path": "cache", **parameters}
-        return make_plan(resolve(given), SilentReporter(), base=tmp_path / "models", without_files=True)
-
-    return make
 
 
 def config_of(plan: RunPlan, **changes: object) -> MemoryConfig:

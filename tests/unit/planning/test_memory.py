@@ -1,12 +1,9 @@
 """What the estimate of a run adds up, and which changes it finds, on plans made without model files."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.planning.disk import checkpoint_bytes, count_checkpoints, disk_use, most_states, state_bytes
 from diffsynth_core.planning.memory import (
@@ -18,25 +15,10 @@ from diffsynth_core.planning.memory import (
     training_memory,
 )
 from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
-from diffsynth_core.planning.plan import RunPlan, make_plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import Workload, find_workload
 from diffsynth_core.planning.states_on_disk import state_problems
 from diffsynth_core.planning.trained_sizes import count_trained
-from diffsynth_core.progress import SilentReporter
-
-MakePlan = Callable[..., RunPlan]
-
-
-@pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
-    """The plan of a recipe where no model files are."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(recipe: str = "flux.1-dev-lora", **parameters: object) -> RunPlan:
-        given = {"recipe": recipe, "output_path": "out", "cache_path": "cache", **parameters}
-        return make_plan(resolve(given), SilentReporter(), base=tmp_path / "models", without_files=True)
-
-    return make
 
 
 def chosen(plan: RunPlan, **changes: object) -> tuple[MemoryConfig, Workload]:
