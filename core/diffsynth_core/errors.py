@@ -17,7 +17,7 @@ EXIT_FAILED = 1
 EXIT_WRONG_USE = 2
 """Exit code for a wrong command: flags, parameters, recipes."""
 EXIT_DOES_NOT_FIT = 3
-"""Exit code of a dry run without problems whose run does not fit in `--gpu_memory`."""
+"""Exit code if nothing is wrong but that a run does not fit in `--gpu_memory`, in a dry run or with `--fit`."""
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a process to stop: Ctrl-C, the end of a batch job, a closed terminal."""
 SIGNAL_EXIT_BASE = 128
@@ -40,6 +40,11 @@ class Problem:
     hint: str | None = None
     wrong_use: bool = False
     code: str | None = None
+
+
+@dataclass(frozen=True)
+class DoesNotFit(Problem):
+    """A run does not fit a GPU (exit code 3), whatever is changed that leaves what is trained as it is."""
 
 
 class Problems(list[Problem]):
@@ -105,6 +110,8 @@ class FaultsFound(DiffSynthError):
         super().__init__("; ".join(problem.message for problem in problems))
         self.problems = tuple(dict.fromkeys(problems))
         self.exit_code = EXIT_WRONG_USE if any(problem.wrong_use for problem in problems) else EXIT_FAILED
+        if problems and all(isinstance(problem, DoesNotFit) for problem in problems):
+            self.exit_code = EXIT_DOES_NOT_FIT
 
 
 class Interrupted(DiffSynthError):

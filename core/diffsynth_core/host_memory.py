@@ -19,15 +19,13 @@ def allocate(size: int) -> Tensor:
 
 
 def pin(memory: Tensor, device: torch.device) -> Tensor:
-    """Return memory of `allocate` such that copies to a device may run beside its computation; on a CPU as it is.
+    """Return memory of `allocate` such that copies to a GPU may run beside its computation; for other devices as it is.
 
     Raises:
         DiffSynthError: if the system does not let so much memory be pinned.
     """
-    if device.type == "cpu":
-        return memory
     if device.type != "cuda":
-        return memory.pin_memory()
+        return memory
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     # In place, as torch.distributed pins the memory of its checkpoints.
     failed = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))

@@ -14,7 +14,7 @@ Every flag can be written with underscores or dashes; flags override --config, w
 which overrides the defaults.
 
 Exit codes: 0 success, 1 failure or problems found, 2 incorrect usage, 130, 143 or 129 stopped by a signal; with
---dry_run also 3: the run does not fit in --gpu_memory."""
+--dry_run or --fit also 3: the run does not fit in --gpu_memory."""
 """Help text of the command."""
 EXAMPLES = (
     "diffsynth train --recipe qwen-image-lora --rehearse",

@@ -59,17 +59,33 @@ def test_without_a_gpu_its_memory_must_be_given(plan, says):
 
 def test_what_is_missing_is_told_where_nothing_fits(plan, says):
     outcome = plan("--gpu_memory", "2GB", "--fit")
-    assert outcome.code == 1 and outcome.out == ""
+    assert outcome.code == 3 and outcome.out == ""
     assert outcome.err == names("fit", "more than", "2.0 GiB") and outcome.err == names("hint:", "GPU with more memory")
     says(outcome)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--quant_options", f"{ENTRY}:int8"), ("--optimizer", "lion")])
-def test_what_a_flag_sets_stays(plan, flag, value):
-    outcome = plan("--gpu_memory", "16GB", "--fit", flag, value)
-    assert outcome.code in (0, 1)
-    if outcome.code == 0:
-        assert flag not in set_by_fit(outcome)
+CHOSEN = [
+    ("--quant_options", f"{ENTRY}:int8"),
+    ("--optimizer", "lion"),
+    ("--no-use_gradient_checkpointing",),
+    ("--blocks_to_swap", "30"),
+]
+
+
+@pytest.mark.parametrize("chosen", CHOSEN, ids=lambda chosen: chosen[0])
+def test_what_a_flag_sets_stays(plan, chosen):
+    outcome = plan("--gpu_memory", "16GB", "--fit", *chosen)
+    name = chosen[0].removeprefix("--").removeprefix("no-")
+    if chosen[0].startswith("--no-"):  # too much to fit is kept: nothing else is recomputed instead
+        assert outcome.code == 3 and "recomputed" not in outcome.err and "block inputs" not in outcome.err
+    else:
+        assert outcome.code == 0 and f"--{name} " not in set_by_fit(outcome)
+
+
+def test_two_cannot_choose_the_number_of_blocks(plan, says):
+    outcome = plan("--gpu_memory", "24GB", "--fit", "--blocks_to_swap", "auto")
+    assert outcome.code == 2 and outcome.err == names("fit", "blocks_to_swap", "auto")
+    says(outcome)
 
 
 def test_a_rehearsal_has_nothing_to_fit(cli, says):

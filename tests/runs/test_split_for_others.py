@@ -216,6 +216,9 @@ def test_what_is_wrong_is_one_report(refuse, trained_in_full):
     shown = refuse("full.safetensors", "--layout", "pretrained", "--config", "vae=.", "--config", "dit=missing.json")
     assert [name in message for (message, _), name in zip(shown, ("vae=.", "missing.json", LINEAR), strict=True)]
     assert len(refuse("full.safetensors", "--config", "config.json")) == 1
+    both = ("--layout", "pretrained", "--dtype", "fp8_scaled")
+    [(message, _)] = refuse(copied(trained_in_full), *both)
+    assert "ignores the scales" in message
     assert len(refuse("full.safetensors", "--by", "size", "--dtype", "float16", "--config", ".")) == 2
     narrow = load_file(trained_in_full)[LINEAR].to(torch.float8_e4m3fn)
     [(message, _)] = refuse(copied(trained_in_full, **{LINEAR: narrow}), "--dtype", "fp8_scaled")

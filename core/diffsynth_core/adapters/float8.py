@@ -79,7 +79,9 @@ def row_scales(weight: Tensor, largest: float) -> Tensor:
 
 def scale_rows(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return stored x scale, multiplied in float32 and rounded once to `dtype`."""
-    return stored.to(torch.float32).mul_(scale).to(dtype)
+    # bfloat16 has all numbers of e4m3, with which few operations are defined; nothing is written in float32.
+    exact = stored.to(torch.bfloat16) if stored.dtype == FLOAT8 else stored
+    return torch.mul(exact, scale, out=torch.empty(stored.shape, dtype=dtype, device=stored.device))
 
 
 def to_bytes(weight: Tensor) -> Tensor:

@@ -27,8 +27,6 @@ class Int8Format(WeightFormat):
         }
 
     def pack(self, weight: Tensor, scale: Tensor | None = None) -> Mapping[str, Tensor] | None:
-        if scale is not None:
-            return {"stored": weight.clone(), "scale": scale.clone()}
         weight = weight.to(torch.float32)
         scale = row_scales(weight, LARGEST)
         if not scale.isfinite().all():
@@ -37,6 +35,3 @@ class Int8Format(WeightFormat):
 
     def widen(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return scale_rows(tensors["stored"], tensors["scale"], dtype)
-
-    def keeps_scale(self, stored: torch.dtype) -> bool:
-        return stored == torch.int8

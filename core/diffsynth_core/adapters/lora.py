@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.deltas import WeightDelta, module_delta
+from diffsynth_core.adapters.stored import StoredLinear
 from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError, list_names
@@ -256,12 +257,18 @@ def _fill(a: Tensor, parts: Mapping[str, Tensor], delta: WeightDelta, module: st
         parts[name][:, :rank] = rows.reshape(len(rows), rank, *kernel)
 
 
+def _weight_shape(module: Any) -> tuple[int, ...]:
+    """Return the shape of a module's weight; that of a `StoredLinear` is not widened for it."""
+    return (module.out_features, module.in_features) if isinstance(module, StoredLinear) else tuple(module.weight.shape)
+
+
 def _weight_shapes(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights of a model's modules, by their public names, without peft's layers in between."""
     own = {
-        f"{name.removesuffix('.base_layer')}.weight": tuple(module.weight.shape)
+        f"{name.removesuffix('.base_layer')}.weight": _weight_shape(module)
         for name, module in model.named_modules()
-        if ".lora_" not in name and isinstance(getattr(module, "weight", None), Tensor)
+        if ".lora_" not in name
+        and (isinstance(module, StoredLinear) or isinstance(getattr(module, "weight", None), Tensor))
     }
     return {
         name.removesuffix(".weight"): public_keys.fuse_shape(name, own)

@@ -151,7 +151,7 @@ class StoredLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight in the compute dtype, `[out, in]`; writing to it has no effect."""
+        """The weight in the compute dtype, `[out, in]`; not to be written to."""
         return self.widen(self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:

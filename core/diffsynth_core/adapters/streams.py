@@ -24,8 +24,10 @@ class CopyStream(ABC):
 
     @abstractmethod
     def copy(self, target: Tensor, source: Tensor, after: Event) -> Event:
-        """Queue a copy that begins after an event; return its end. Both tensors may be freed or lent again at once
-        only by what waits for that.
+        """Queue a copy that begins after an event; return its end.
+
+        Computation must `wait` for that before either tensor is freed: the allocator lends memory of the device again
+        as soon as the computation queued so far is done.
         """
 
     @abstractmethod
@@ -34,7 +36,7 @@ class CopyStream(ABC):
 
 
 class ImmediateCopies(CopyStream):
-    """Of a CPU, where everything is done in the order in which it is asked for."""
+    """Of devices without copies beside the computation: everything is done in the order in which it is asked for."""
 
     def computed(self) -> Event:
         return None
@@ -47,7 +49,7 @@ class ImmediateCopies(CopyStream):
 
 
 class AcceleratorCopies(CopyStream):
-    """A stream of an accelerator, beside the one that computes. Host memory must be pinned."""
+    """A stream of a GPU, beside the one that computes. Host memory must be pinned."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.Stream(device)
@@ -59,8 +61,8 @@ class AcceleratorCopies(CopyStream):
         self._stream.wait_event(after)
         with self._stream:
             target.copy_(source, non_blocking=True)
-        # Memory that is freed meanwhile is not lent again before the copy has ended.
-        (source if target.device.type == "cpu" else target).record_stream(self._stream)
+        # No `record_stream`: it would keep freed memory until the copies queued by then are done, and the host, which
+        # queues far ahead, would fill the device with blocks that are free already.
         return self._stream.record_event()
 
     def wait(self, copied: Event) -> None:
@@ -70,4 +72,4 @@ class AcceleratorCopies(CopyStream):
 @cache
 def copy_stream(device: torch.device) -> CopyStream:
     """Return the copies of a device: one queue for all that is moved to it and from it."""
-    return ImmediateCopies() if device.type == "cpu" else AcceleratorCopies(device)
+    return AcceleratorCopies(device) if device.type == "cuda" else ImmediateCopies()

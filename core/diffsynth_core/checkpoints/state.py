@@ -167,15 +167,16 @@ def _restore_optimizer(
         name, _, kind = key.rpartition("/")
         parameter = trained[name]
         on_host = kind == "step" and id(parameter) not in counted_on_device
+        device = optimizer.device if isinstance(optimizer, PerParameterOptimizer) else parameter.device
         # Copied, because tensors of load_file are mapped to a file that a later save removes.
         if isinstance(optimizer, PerParameterOptimizer) and optimizer.state_waits(parameter) and is_moved(value):
             optimizer.state[parameter][kind] = host_copy(value, optimizer.device)
         else:
-            optimizer.state[parameter][kind] = value.to("cpu" if on_host else parameter.device, copy=True)
+            optimizer.state[parameter][kind] = value.to("cpu" if on_host else device, copy=True)
     for name, kinds in values.parameters.items():
         optimizer.state[trained[name]].update(kinds)
     for group, changed in zip(optimizer.param_groups, values.groups, strict=bool(values.groups)):
-        device = group["params"][0].device
+        device = optimizer.device if isinstance(optimizer, PerParameterOptimizer) else group["params"][0].device
         group.update({kind: _like(group.get(kind), value, device) for kind, value in changed.items()})
 
 

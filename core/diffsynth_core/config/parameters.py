@@ -402,7 +402,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "choice",
-        "Dtype of frozen weights and of the computation: no (float32), bf16 or fp16; trained weights stay in float32; default: bf16 on a GPU, no on a CPU",
+        "Dtype of frozen weights and of the computation: no (float32), bf16 or fp16; trained weights stay in float32, or `trained_dtype`; default: bf16 on a GPU, no on a CPU",
         changes="numbers",
         compared="precision",
         documented=False,
@@ -643,7 +643,7 @@ class Parameters(BaseModel):
         1e-4,
         "training",
         "float",
-        "AdamW learning rate; typical: 1e-4 for LoRA, 1e-5 for full training",
+        "Learning rate; typical of AdamW: 1e-4 for LoRA, 1e-5 for full training",
         changes="numbers",
         compared="course",
         ge=0,
@@ -712,7 +712,7 @@ class Parameters(BaseModel):
         documented=False,
     )
     weight_decay: Number = _setting(
-        0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0, le=MAX_RATE
+        0.01, "training", "float", "Weight decay", changes="numbers", compared="course", ge=0, le=MAX_RATE
     )
     adam_betas: NumberPair = _setting(
         (0.9, 0.999),

@@ -113,6 +113,11 @@ def _given_configs(owners: KeyOwners, choices: SplitChoices) -> dict[str, Path]:
     if choices.configs and choices.layout != "pretrained":
         report(Problem("`--config` requires `--layout pretrained`", "pass both or none", wrong_use=True))
         return {}
+    if choices.layout == "pretrained" and choices.dtype == "fp8_scaled":
+        what = (
+            "`--layout pretrained` cannot be combined with `--dtype fp8_scaled`: `from_pretrained` ignores the scales"
+        )
+        report(Problem(what, "pass `--layout comfyui`, or another `--dtype`", wrong_use=True))
     found: dict[str, Path] = {}
     for text in choices.configs:
         component, given, path = text.rpartition("=")

@@ -115,7 +115,8 @@ def _activation_options(config: MemoryConfig) -> Iterator[MemoryOption]:
         yield MemoryOption("time", ("use_gradient_checkpointing",), [recomputed])
     if not config.offload:
         waiting = partial(replace, recompute=True, offload=True)
-        yield MemoryOption("time", ("use_gradient_checkpointing_offload",), [waiting])
+        besides = () if config.recompute else ("use_gradient_checkpointing",)  # which it implies
+        yield MemoryOption("time", ("use_gradient_checkpointing_offload", *besides), [waiting])
 
 
 def _update_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:

@@ -9,7 +9,7 @@ from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.config.origins import Origin
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
+from diffsynth_core.errors import DiffSynthError, DoesNotFit, FaultsFound, Problem
 from diffsynth_core.planning.device import device_bytes, host_bytes
 from diffsynth_core.planning.fit_options import FITTED, MemoryOption, memory_options
 from diffsynth_core.planning.fitting import Candidate, MemoryFit, find_fit
@@ -39,6 +39,10 @@ def make_it_fit(resolved: Resolved, plan_of: Callable[[Resolved], RunPlan]) -> R
     Raises:
         FaultsFound: as `plan_of`, or if no changes that leave what is trained as it is are enough.
     """
+    if resolved.parameters.blocks_to_swap == "auto":
+        what = "`fit` and `blocks_to_swap` `auto` both choose the number of blocks"
+        problem = Problem(what, "remove `--blocks_to_swap auto`", wrong_use=True)
+        plan_of(resolved.with_problem(problem))  # raises it together with all others
     limit = gpu_bytes(resolved.parameters)
     if limit is None:
         plan_of(resolved.with_problem(_no_gpu(resolved.parameters)))  # raises it together with all others
@@ -114,7 +118,7 @@ def _no_gpu(parameters: Parameters) -> Problem:
     )
 
 
-def _does_not_fit(fit: MemoryFit, smaller: MemoryFit) -> Problem:
+def _does_not_fit(fit: MemoryFit, smaller: MemoryFit) -> DoesNotFit:
     """Return the problem of a run that does not fit, with how much is missing and what else would help.
 
     Args:
@@ -130,4 +134,4 @@ def _does_not_fit(fit: MemoryFit, smaller: MemoryFit) -> Problem:
     if smaller.changes:
         flags = " ".join(change.flag for change in smaller.changes if change.parameter not in FITTED)
         hint = f"train less at once with `{flags}`, or {hint}"
-    return Problem(f"`fit`: the run needs {what}{changes}", hint)
+    return DoesNotFit(f"`fit`: the run needs {what}{changes}", hint)

@@ -27,6 +27,12 @@ LIMITS = (
 )
 """Files of control groups, version 2 and 1: limit, usage, details, and what of the usage is given up when needed."""
 
+WAITING = (
+    *("blocks_to_swap", "enable_optimizer_cpu_offload"),
+    *("use_gradient_checkpointing_offload", "initialize_model_on_cpu"),
+)
+"""Parameters with which a part of the run waits in host memory."""
+
 
 def available_bytes(control_groups: Path = CONTROL_GROUPS) -> int:
     """Return the bytes of host memory that a process may still take, of the machine and of its container.
@@ -51,7 +57,7 @@ def host_problems(plan: RunPlan, available: int | None = None) -> list[Problem]:
     Args:
         available: bytes; None: measured.
     """
-    if not plan.task.trains or not (plan.parameters.blocks_to_swap or plan.parameters.enable_optimizer_cpu_offload):
+    if not plan.task.trains or not any(getattr(plan.parameters, name) for name in WAITING):
         return []
     run, on_cpu = find_workload(plan), plan.machine.device == "cpu"
     config = replace(

@@ -190,8 +190,11 @@ class FusedEngine(ReplicatedEngine):
         assert isinstance(optimizer, PerParameterOptimizer)
         self._plain = self._one_by_one = optimizer
         self._swap = model.trained_swap
-        # It is on the device already, but for weights that wait in host memory.
-        self._module = self._accelerator.prepare_model(model, device_placement=False)
+        for part in model.modules():  # parameters are where they belong: on the device, or waiting in host memory
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(self._accelerator.device))
+        # Mixed precision alone: accelerate would wrap the one process of a launcher in DDP, which keeps all gradients.
+        self._module = self._accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         self._norms: dict[nn.Parameter, Tensor] = {}
         for parameter in self._trained.values():
             parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]

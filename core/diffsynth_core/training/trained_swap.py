@@ -37,6 +37,7 @@ class WaitingBlock:
             start += _room(weight)
         self._on_device: dict[nn.Parameter, Tensor] = {}
         self._copied: Event = None
+        self._leaving: list[tuple[Tensor, Event]] = []
 
     def prefetch(self) -> None:
         """Begin to copy the weights to the device, unless they are there."""
@@ -61,13 +62,20 @@ class WaitingBlock:
 
     def release(self) -> None:
         """Have all parameters hold the weights in host memory, as they were last put back there."""
+        # Copies to and from memory that is freed here, of a block that was prefetched in vain too.
+        for copied in (self._copied, *(copied for _, copied in self._leaving)):
+            if copied is not None:
+                self._copies.wait(copied)
+        self._copied = None
+        self._leaving.clear()
         self._on_device.clear()
         for weight, place in self._on_host.items():
             weight.data = place
 
     def put_back(self, weight: nn.Parameter) -> None:
         """Copy an updated weight to host memory, and release it."""
-        self._copies.copy(self._on_host[weight], weight.data, self._copies.computed())
+        copied = self._copies.copy(self._on_host[weight], weight.data, self._copies.computed())
+        self._leaving.append((weight.data, copied))  # until `release`
         weight.data = self._on_host[weight]
         del self._on_device[weight]
 

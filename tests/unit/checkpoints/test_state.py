@@ -11,6 +11,7 @@ from torch import nn
 from diffsynth_core.checkpoints.saved_states import LoopState, SavedState, find_states
 from diffsynth_core.checkpoints.state import restore_state, save_state, state_of
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
 
 
 def training(seed: int = 0, width: int = 3) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
@@ -242,3 +243,22 @@ def test_a_state_from_before_states_had_hashes_is_whole(tmp_path):
     (tmp_path / "state/step-3/optimizer.safetensors").write_bytes(b"cut")
     [damaged] = find_states(tmp_path, "", hashes).damaged
     assert damaged.reason.startswith("`optimizer.safetensors` (3 bytes) is not a valid safetensors file")
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
+def test_counters_of_weights_that_wait_are_where_the_optimizer_needs_them(tmp_path, fused, place):
+    """A fused AdamW counts on the device of the update, which stands here for an accelerator."""
+    saved(tmp_path)
+    trained, _ = training()
+
+    def make(some):
+        optimizer = torch.optim.AdamW(some.values(), lr=0.1, weight_decay=0.05)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        return optimizer
+
+    optimizer = PerParameterOptimizer(make, trained, torch.device("meta"), on_host=trained)
+    state = newest(tmp_path)
+    restore_state(state.path, state.loop_state, trained, optimizer)
+    kinds = {kind: value.device.type for kind, value in optimizer.state[next(iter(trained.values()))].items()}
+    assert kinds == {"step": place, "exp_avg": "cpu", "exp_avg_sq": "cpu"}

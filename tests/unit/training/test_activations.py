@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from diffsynth_core.adapters.streams import CopyStream
-from diffsynth_core.training.activations import HostActivation, OffloadActivations, is_weight
+from diffsynth_core.training.activations import LEAVING, HostActivation, OffloadActivations, is_weight
 
 
 def saved_by(module: nn.Module, value: torch.Tensor, recompute: bool = False) -> list[torch.Tensor]:
@@ -108,3 +108,22 @@ def test_what_the_graph_has_dropped_is_not_copied_back():
     del saved[1]
     saved[1].restore()
     assert copies.log[3:] == ["back 3", "wait for back 3"]
+
+
+def test_what_nobody_asks_for_is_not_freed_while_it_is_copied():
+    copies = RecordedCopies()
+    saved = save(copies, 2)
+    saved[1].restore()
+    saved.clear()
+    assert copies.log[2:] == ["back 2", "wait for back 2", "back 1", "wait for back 1"]
+
+
+def test_tensors_are_freed_once_they_are_copied():
+    """The computation waits for copies from the device, in their order, before it uses the memory again."""
+    copies, offload = RecordedCopies(), OffloadActivations()
+    with offload:
+        for number in range(LEAVING + 2):
+            offload._leaving.append((torch.zeros(1), copies, f"away {number}"))
+            offload._wait_for_all_but(LEAVING)
+        assert copies.log == ["wait for away 0", "wait for away 1"] and len(offload._leaving) == LEAVING
+    assert copies.log == [f"wait for away {number}" for number in range(LEAVING + 2)]
