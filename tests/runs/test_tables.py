@@ -104,8 +104,12 @@ def test_an_optimizer_is_estimated_by_its_row(plan, restless):
     usual, own = plan("usual"), plan("own", optimizer=restless)
     numbers = state_bytes(usual) // 12
     assert state_bytes(own) == 8 * numbers
-    config = replace(memory_config(usual, find_workload(usual).largest), device="cuda")
-    before, after = (device_memory(each, config).training for each in (usual, own))
+
+    def estimate(each):
+        config = replace(memory_config(each, find_workload(each).largest), device="cuda")
+        return device_memory(each, config).training
+
+    before, after = map(estimate, (usual, own))
     assert (before.optimizer, after.optimizer) == (8 * numbers, 4 * numbers)
     assert (before.update, after.update) == (4 * numbers, 16 * numbers)
 
