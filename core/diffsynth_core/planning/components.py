@@ -300,7 +300,7 @@ def stored_shares(found: ModelPlan) -> dict[str, float | None]:
         if files.storage == "plain":
             continue
         if name in found.published:
-            shapes = found.shapes[name]
+            shapes = found.shapes[name] or hub_shapes(found.facts, found.published[name])
             shares[name] = stored_share(shapes, find_store(files.storage)) if shapes else None
         else:
             module = build_empty(family, files)

@@ -79,7 +79,7 @@ def test_engines_that_share_weights_out_are_refused_before_anything_is_launched(
 def test_a_configuration_is_launched_with_even_for_one_process(monkeypatch, number, config, launched):
     asked = []
     parameters, task = SimpleNamespace(accelerate_config=config), SimpleNamespace(trains=False)
-    plan = SimpleNamespace(parameters=parameters, task=task, machine=SimpleNamespace(device="cpu"))
+    plan = SimpleNamespace(parameters=parameters, task=task, machine=SimpleNamespace(device="cpu"), fitted=())
     session = Session((), world_size=number)
     monkeypatch.setattr(session, "plan", lambda: {None: plan})
     monkeypatch.setattr(launching, "launch", lambda flags, *given: asked.append(given) or 0)
