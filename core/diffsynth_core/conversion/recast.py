@@ -6,7 +6,7 @@ Comfy-Org/ComfyUI. One scale per weight, for those who load it multiply by a sin
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffsynth_core.config.choices import SplitDtype
 from diffsynth_core.conversion.row_spans import RowSpans
@@ -79,17 +79,21 @@ class _Scale:
     def pieces(self) -> Iterator[memoryview]:
         import torch
 
-        yield _as_bytes(torch.tensor([self.value()]))
+        from diffsynth_core.conversion.merging import as_bytes
+
+        yield as_bytes(torch.tensor([self.value()]))
 
 
 def _cast(name: str, tensor: RowSpans, dtype: str, scale: _Scale | None = None) -> Callable[[], Iterator[memoryview]]:
     """Return what computes the bytes of a tensor in a dtype, divided by its scale."""
 
     def pieces() -> Iterator[memoryview]:
+        from diffsynth_core.conversion.merging import as_bytes
+
         for piece in _read(tensor):
             numbers = piece if scale is None else (piece / scale.value()).clamp_(-LARGEST, LARGEST)
             result = numbers.to(torch_dtype(dtype))
-            yield _as_bytes(result if scale else _finite(name, result))
+            yield as_bytes(result if scale else _finite(name, result))
 
     return pieces
 
@@ -127,10 +131,3 @@ def _as_float32(value: float) -> float:
     import torch
 
     return float(torch.tensor(value, dtype=torch.float32))
-
-
-def _as_bytes(values: "Tensor") -> memoryview:
-    import torch
-
-    array: Any = values.view(torch.uint8).numpy()
-    return memoryview(array)
