@@ -285,7 +285,8 @@ def test_a_rehearsal_has_tiny_weights(cli, tmp_path: Path):
     ]
 
 
-def test_the_plan_does_not_guess_at_tensors_it_has_no_shapes_of(plan):
+def test_shapes_of_published_components_are_known_before_their_files(plan):
     outcome = plan("qwen-image-lora", "--fp8_models", "Qwen/Qwen-Image:text_encoder/model*.safetensors", "-v")
-    assert outcome.out == names("8.3 billion", "float8", "unknown")
-    assert outcome.out == names("largest tensor", "text_encoder, vae", "unknown")
+    assert outcome.out == names("8.3 billion", "86%", "float8")
+    assert outcome.out == names("4.1 GiB", "largest tensor")
+    assert "without files" not in outcome.out

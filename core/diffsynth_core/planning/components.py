@@ -182,7 +182,7 @@ def _use_published_sizes(
             settings=settings,
             storage=storage_of((entry,), parameters),
         )
-        assigned.shapes[component.name] = hub_shapes(facts, published) if component.name == facts.denoiser else {}
+        assigned.shapes[component.name] = hub_shapes(facts, published)
         found[component.name] = published
     return found
 
@@ -300,7 +300,7 @@ def stored_shares(found: ModelPlan) -> dict[str, float | None]:
         if files.storage == "plain":
             continue
         if name in found.published:
-            shapes = found.shapes[name] or hub_shapes(found.facts, found.published[name])
+            shapes = found.shapes[name]
             shares[name] = stored_share(shapes, find_store(files.storage)) if shapes else None
         else:
             module = build_empty(family, files)

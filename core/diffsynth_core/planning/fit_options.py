@@ -12,7 +12,6 @@ from diffsynth_core.config.quant_options import QuantOption, join_quant_options,
 from diffsynth_core.errors import collect_problems, report
 from diffsynth_core.models.size_facts import MediaSize
 from diffsynth_core.planning.block_swap import swappable_blocks, with_number_of_blocks
-from diffsynth_core.planning.memory import known_shapes
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer
 from diffsynth_core.planning.plan import RunPlan
@@ -178,7 +177,7 @@ def _storage_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOpti
     """Yield weight stores for components of which no weight trains other than by a LoRA."""
     changing = {*plan.training.full, *plan.training.parts}
     for name in plan.model.components:
-        if name not in changing and known_shapes(plan, name) and config.storage[name] == "plain":
+        if name not in changing and plan.model.shapes.get(name) and config.storage[name] == "plain":
             for storage, quantization in QUANTIZATIONS.items():
                 stored = partial(_stored, component=name, storage=storage)
                 yield MemoryOption(quantization.cost, ("quant_options",), [stored])

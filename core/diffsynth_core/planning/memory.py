@@ -11,10 +11,8 @@ from typing import Protocol
 
 from diffsynth_core.config.choices import COMPUTE_DTYPES, SWAP_BUFFERS
 from diffsynth_core.models.encoded_sizes import EncodedSize
-from diffsynth_core.models.hub_shapes import hub_shapes
 from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.size_facts import BYTES
-from diffsynth_core.models.spec import Shapes
 from diffsynth_core.models.weight_store import find_store
 from diffsynth_core.planning.activations import (
     encoder_activations,
@@ -247,18 +245,11 @@ def swapped_bytes(plan: RunPlan, config: MemoryConfig) -> list[int]:
     return [sum(sizes[f"{layer}.weight"] for layer in unit) for unit in units]
 
 
-def known_shapes(plan: Planned, component: str) -> Shapes:
-    """Shapes of a component's tensors by module key, from its files, else of the published model; empty if unknown."""
-    found = plan.model.shapes.get(component)
-    published = plan.model.published.get(component)
-    return found or (hub_shapes(plan.model.facts, published) if published else {})
-
-
 def frozen_bytes(
     plan: Planned, component: str, precision: str, storage: str, trained: frozenset[str] = frozenset()
 ) -> int:
     """Bytes of a component's weights in a weight store; those in `trained`, by module key, are float32."""
-    if not (plan.model.shapes.get(component) if storage == "plain" else known_shapes(plan, component)):
+    if not plan.model.shapes.get(component):
         return count_parameters(plan, component) * BYTES[COMPUTE_DTYPES[precision]]
     return sum(bytes_of_weights(plan, component, precision, storage, trained).values())
 
@@ -268,7 +259,7 @@ def bytes_of_weights(
     plan: Planned, component: str, precision: str, storage: str, trained: frozenset[str] = frozenset()
 ) -> Mapping[str, int]:
     """Bytes of each weight of a component whose shapes are known, by module key; as `frozen_bytes`."""
-    shapes, low = known_shapes(plan, component), BYTES[COMPUTE_DTYPES[precision]]
+    shapes, low = plan.model.shapes[component], BYTES[COMPUTE_DTYPES[precision]]
     fp32 = {*filter(plan.model.facts.component(component).stays_float32, shapes), *trained}
     store = find_store(storage)
     layers = filter(store.takes, layers_of_blocks(shapes)) if store.bytes_per_weight else ()
