@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from diffsynth_core.config.choices import COMPUTE_DTYPES, SWAP_BUFFERS
+from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.size_facts import BYTES
@@ -35,6 +36,7 @@ from diffsynth_core.planning.trained_sizes import (
 )
 from diffsynth_core.planning.two_stage import components_of
 from diffsynth_core.progress import pluralize
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 
 ROUNDING_BYTES = 16
 """Per number of a tensor in bfloat16 while it is updated: weight, gradient and update in float32, and a temporary."""
@@ -226,12 +228,14 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
 
 def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     """Bytes of a component's weights, wherever they are: float32 where they train, else as the run keeps them."""
-    shapes = plan.model.shapes.get(component, {})
-    files = plan.model.components.get(component)
-    trained = (
-        config.training(plan).float32_weights(component, files.layout, shapes) if files and shapes else frozenset()
-    )
-    return frozen_bytes(plan, component, config.precision, config.storage.get(component, "plain"), trained)
+    storage = config.storage.get(component, "plain")
+    return frozen_bytes(plan, component, config.precision, storage, _float32_weights(plan, component, config))
+
+
+def _float32_weights(plan: RunPlan, component: str, config: MemoryConfig) -> frozenset[str]:
+    """Module keys of a component's weights that train in float32."""
+    shapes, files = plan.model.shapes.get(component), plan.model.components.get(component)
+    return config.training(plan).float32_weights(component, files.layout, shapes) if files and shapes else frozenset()
 
 
 def swapped_bytes(plan: RunPlan, config: MemoryConfig) -> list[int]:
@@ -287,11 +291,11 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
     `encoded`: of all samples.
     """
     parameters = plan.parameters
-    largest = max((math.prod(shape) for shapes in plan.model.shapes.values() for shape in shapes.values()), default=0)
+    known = [name for name, shapes in plan.model.shapes.items() if shapes]
+    largest = max((_loading_bytes(plan, name, config) for name in known), default=0)
     unknown = [name for name in plan.model.components if not plan.model.shapes.get(name)]
     of_others = f" ({', '.join(unknown)}: unknown without files)" if unknown else ""
-    read_and_converted = 2 * largest * BYTES["float32"]  # float32 at most, either
-    parts = {f"the largest tensor while it is loaded{of_others}": read_and_converted} if largest else {}
+    parts = {f"the largest tensor while it is loaded{of_others}": largest} if largest else {}
     if memory.training and (parameters.initialize_model_on_cpu or waiting_blocks(plan, config)):
         parts["weights in transfer to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.swapped:
@@ -306,6 +310,23 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
         ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample
         parts[f"samples prefetched by {pluralize(parameters.dataset_num_workers, 'worker')}"] = ready
     return parts
+
+
+def _loading_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
+    """Bytes of host memory of a component's largest tensor while it is loaded: as its file has it, and converted."""
+    shapes, read = plan.model.shapes[component], file_number_bytes(plan, component)
+    trained = _float32_weights(plan, component, config)
+    converted = bytes_of_weights(plan, component, config.precision, "plain", trained)
+    return max(round(math.prod(shape) * read) + converted[name] for name, shape in shapes.items())
+
+
+@remembered
+def file_number_bytes(plan: Planned, component: str) -> float:
+    """Bytes of a number in a component's files, of the widest dtype there."""
+    if component in plan.model.published:
+        return BYTES[plan.model.published[component].dtype]
+    tensors = part_of(plan.model.components[component]).tensors.values()
+    return max(BITS_PER_ELEMENT[tensor.dtype] for tensor in tensors) / 8
 
 
 def _sizes_known(plan: RunPlan) -> bool:

@@ -1,5 +1,6 @@
 """What the estimate of a run adds up, and which changes it finds, on plans made without model files."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -149,3 +150,12 @@ def test_each_step_of_the_sampler_keeps_as_much_again(plan, dataset):
         return training_memory(spread, replace(config, recompute=False)).activations
 
     assert kept(2, 4, 3) == 4 * kept(1)
+
+
+@pytest.mark.parametrize(("precision", "converted"), [("no", 4), ("bf16", 2)])
+def test_a_tensor_is_in_host_memory_as_its_file_stores_it_and_converted(plan, precision, converted):
+    made = plan(mixed_precision=precision)
+    numbers = max(math.prod(shape) for shape in made.model.shapes["text_encoder_2"].values())  # published in bfloat16
+    config, sizes = chosen(made)
+    parts = host_memory(made, config, DeviceMemory(None, ()), sizes.encoded)
+    assert parts["the largest tensor while it is loaded"] == numbers * (2 + converted)
