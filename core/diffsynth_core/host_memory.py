@@ -18,6 +18,17 @@ def allocate(size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; a copy from host memory to a GPU is begun without waiting for it.
+
+    From pageable memory a copy would wait until the GPU has computed what was queued before.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # Allocated in torch's cache of pinned memory, which reuses it only once the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pin(memory: Tensor, device: torch.device) -> Tensor:
     """Return memory of `allocate` such that copies to a GPU may run beside its computation; for other devices as it is.
 

@@ -160,7 +160,7 @@ def diverge(run: Callable[..., Meddler], monkeypatch: pytest.MonkeyPatch, **more
     measure, calls = ReplicatedEngine.gradient_norm, itertools.count(1)
     with monkeypatch.context() as patch, pytest.raises(DiffSynthError) as caught:
         patch.setattr(
-            ReplicatedEngine, "gradient_norm", lambda self: float("nan") if next(calls) == 4 else measure(self)
+            ReplicatedEngine, "gradient_norm", lambda self: measure(self) * (torch.nan if next(calls) == 4 else 1)
         )
         run(**more)
     [problem] = caught.value.problems

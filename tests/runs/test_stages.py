@@ -250,7 +250,7 @@ def test_a_stop_in_the_last_step_of_a_stage_begins_no_other(train, monkeypatch):
 def test_a_failure_in_the_first_stage_begins_no_other(train, monkeypatch):
     from diffsynth_core.training.engine import ReplicatedEngine
 
-    monkeypatch.setattr(ReplicatedEngine, "gradient_norm", lambda self: float("nan"))
+    monkeypatch.setattr(ReplicatedEngine, "gradient_norm", lambda self: torch.tensor(torch.nan))
     outcome = train()
     assert outcome.code == 1 and "not finite in step 1" in outcome.err
     assert record_of("high")["status"] == "failed" and not Path("out/low").exists()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsynth_core.data.media import MediaCrop, load_pixels
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.host_memory import to_device
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.planning.encoding_keys import ColumnInput, ConditioningFrames
@@ -52,7 +53,7 @@ def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, A
         if isinstance(value, list):
             return [scaled(item) for item in value]
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+            return to_device(value, device).float().div_(127.5).sub_(1)
         return value
 
     return {name: scaled(value) for name, value in loaded.items()}

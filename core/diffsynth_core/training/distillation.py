@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.data.sampling import Sampling
+from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.training.losses import Loss, sample_means
 from diffsynth_core.training.objective import Objective, SampleDraw, Velocity
@@ -34,7 +35,7 @@ class DirectDistillation(Objective):
         samplings = [draw.sampling for draw in draws if draw.sampling]
         (steps,) = {sampling.steps for sampling in samplings}  # equal in a batch: a bucket has one number of steps
         noise = torch.stack([draw_sampler_noise(sampling, latents.shape[1:]) for sampling in samplings])
-        states = noise.to(latents.device)
+        states = to_device(noise, latents.device)
         for sigma, following in pairwise([*self._sigmas(steps).tolist(), 0.0]):
             if clean_mask is not None:
                 states = torch.where(clean_mask.bool(), latents, states)

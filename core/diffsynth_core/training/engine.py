@@ -61,8 +61,13 @@ class Engine(ABC):
         """Return the sum of a small tensor over all processes."""
 
     @abstractmethod
-    def gradient_norm(self) -> float:
-        """Return the global norm of the gradients before clipping, and clip them if requested."""
+    def gradient_norm(self) -> Tensor:
+        """Return the global norm of the gradients before clipping, and clip them if requested.
+
+        Returns:
+            Scalar float32 on the device of the module: to read it is to wait for the device, so the loop reads it
+            together with the loss.
+        """
 
     @property
     @abstractmethod
@@ -132,17 +137,17 @@ class ReplicatedEngine(Engine):
         total: Tensor = self._accelerator.reduce(values, "sum")
         return total
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         self._accelerator.unscale_gradients(self._optimizer)
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         if any(gradient.dtype != torch.float32 for gradient in gradients):  # of bfloat16 it would be in bfloat16
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-            norm = torch.linalg.vector_norm(torch.stack(norms))
+            norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
         if self._limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._limit, norm)
-        return float(norm)
+        return norm
 
     @property
     def skips_overflow(self) -> bool:
@@ -180,8 +185,9 @@ class ReplicatedEngine(Engine):
 class FusedEngine(ReplicatedEngine):
     """One process that updates each weight in the backward pass, as soon as its gradient is there, and frees that.
 
-    So it neither accumulates gradients nor clips them by their norm, which is known only afterwards. A loss that is not
-    finite has no backward pass; after a gradient that is not finite the weights are lost.
+    So it neither accumulates gradients nor clips them by their norm, which is known only afterwards. After a loss or a
+    gradient that is not finite the weights are lost: to look at the loss before its backward pass would be a second
+    wait for the device in each step, and a run that diverged continues from its last state in any case.
     """
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
@@ -206,9 +212,7 @@ class FusedEngine(ReplicatedEngine):
 
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
         losses: Tensor = self._module(micro_batch)
-        loss = losses.sum() * weight
-        if loss.isfinite():
-            self._accelerator.backward(loss)
+        self._accelerator.backward(losses.sum() * weight)
         return losses.detach()
 
     def _update(self, parameter: Tensor) -> None:
@@ -220,9 +224,10 @@ class FusedEngine(ReplicatedEngine):
         parameter.grad = None
         self._swap.put_back(parameter)
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         norms = [self._norms[parameter] for parameter in self._trained.values() if parameter in self._norms]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def step(self) -> bool:
         self._swap.release()

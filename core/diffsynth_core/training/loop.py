@@ -244,8 +244,7 @@ class Run:
 
                 rate = learning_rate(step, params.learning_rate, params.lr_scheduler, params.lr_warmup_steps, total)
                 self.engine.begin(rate, step)
-                loss, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
-                gradient_norm = self.engine.gradient_norm()
+                loss, gradient_norm, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
                 self._check_finite(step, loss, gradient_norm)
                 self._update(sample_count)
                 done = self.done
@@ -274,15 +273,17 @@ class Run:
     def _fetch(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
         return [next(micro_batches) for _ in range(count)]
 
-    def _forward_backward(self, fetched: list[MicroBatch], sample_count: int, stop: StopRequest) -> tuple[float, bool]:
+    def _forward_backward(
+        self, fetched: list[MicroBatch], sample_count: int, stop: StopRequest
+    ) -> tuple[float, float, bool]:
         """Compute the gradients of the mean loss over all samples of the step.
 
         Each micro-batch is scaled by world size / samples of the step, because engines average gradients over
         processes; so the result is the mean over samples, whatever the sizes of the micro-batches.
 
         Returns:
-            The mean loss, and whether any process was asked to stop: all processes must stop after the same step, so
-            the request is reduced together with the loss.
+            The mean loss, the norm of the gradients, and whether any process was asked to stop: all processes must
+            stop after the same step, so the request is reduced together with the loss.
         """
         total = torch.zeros(2, device=self.accelerator.device)
         for index, micro_batch in enumerate(fetched):
@@ -292,8 +293,9 @@ class Run:
                 total[0] += losses.sum()
         total[1] = float(bool(stop))
         total = self.engine.sum_over_processes(total)
-        loss_sum, asked = total.tolist()
-        return loss_sum / sample_count, asked > 0
+        # Before the update, which must not use a value that is not finite: the only wait for the device in a step.
+        loss_sum, asked, gradient_norm = torch.cat([total, self.engine.gradient_norm()[None]]).tolist()
+        return loss_sum / sample_count, gradient_norm, asked > 0
 
     def _check_finite(self, step: int, loss: float, gradient_norm: float) -> None:
         """Stop before the optimizer uses a non-finite value; float16 scaling skips non-finite gradients itself.

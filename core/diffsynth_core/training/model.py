@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.lora import load_lora
 from diffsynth_core.adapters.swap import swaps_of
 from diffsynth_core.adapters.tensors import Place, place
+from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
 from diffsynth_core.planning.activations import component_setup
@@ -79,7 +80,7 @@ class TrainingModule(nn.Module):
         device = self._device
         samples = []
         for encoded, raw in zip(micro_batch.encoded, micro_batch.raw, strict=True):
-            sample = {name: tensor.to(device, non_blocking=True) for name, tensor in encoded.items()}
+            sample = {name: to_device(tensor, device) for name, tensor in encoded.items()}
             for encoder in self._online:
                 sample.update(self._family.encode(encoder, self._known(), scale_pixels(raw[encoder.name], device)))
             samples.append(sample)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.data.sampling import Sampling
+from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.randomness import key_of
 from diffsynth_core.training.losses import Loss, sample_means, squared_error
@@ -77,9 +78,10 @@ class FlowMatching(Objective):
 
     def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
         latents, clean_mask = batch["latents"].float(), batch.get("given")
-        noise = torch.stack([draw_noise(*draw.key, shape=latents.shape[1:]) for draw in draws]).to(latents.device)
+        noise = torch.stack([draw_noise(*draw.key, shape=latents.shape[1:]) for draw in draws])
+        noise = to_device(noise, latents.device)
         drawn = [self._draw_timestep(draw.key, self._timesteps) for draw in draws]
-        timesteps = torch.tensor(drawn, device=latents.device)
+        timesteps = to_device(torch.tensor(drawn), latents.device)
         sigma = self.sigmas[timesteps]
         prediction = predict(add_noise(latents, noise, sigma, clean_mask), sigma)
         return velocity_loss(prediction, latents, noise, self.weights[timesteps], clean_mask, self._loss)

@@ -99,6 +99,6 @@ def image_positions(images: Sequence[Tensor]) -> Tensor:
     for number, latents in enumerate(images):
         height, width = latents.shape[-2:]
         axes = [torch.arange(length, device=latents.device) for length in (height, width, 1)]
-        image = torch.tensor([number * REFERENCE_POSITION], device=latents.device)
+        image = torch.full((1,), number * REFERENCE_POSITION, device=latents.device)
         parts.append(torch.cartesian_prod(image, *axes))
     return torch.cat(parts)

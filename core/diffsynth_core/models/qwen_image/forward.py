@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.control import CONTROL_LATENTS, CONTROL_OUTPUTS, read_by_controlnet
 from diffsynth_core.models.patches import blank_latents, numbered, pack, unpack
 from diffsynth_core.models.size_facts import StepSizes
@@ -47,10 +48,10 @@ def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     stacked = [name for name in encoded[0] if name != "prompt_embeds"]
     batch = {name: torch.stack([sample[name] for sample in encoded]) for name in stacked}
     batch["prompt_embeds"] = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    lengths = torch.tensor([len(text) for text in texts])
-    if lengths.min() < lengths.max():
-        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-        batch["prompt_mask"] = mask.to(batch["prompt_embeds"].device)
+    lengths = [len(text) for text in texts]
+    if min(lengths) < max(lengths):
+        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        batch["prompt_mask"] = to_device(mask, batch["prompt_embeds"].device)
     return batch
 
 
