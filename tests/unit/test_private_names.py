@@ -17,13 +17,14 @@ USED = {
     (MEASURE, "_python_dispatch"),
     (MEASURE, "_pytree"),
     (MEASURE, "_set_gradient_checkpointing"),
+    ("core/diffsynth_core/models/attention.py", "_attention_backend"),
     ("core/diffsynth_core/models/autocast.py", "_pytree"),
     ("core/diffsynth_core/training/activations.py", "_base"),
     ("core/diffsynth_core/training/loop.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone
 }
 """Each has a comment where it is used, and a test below, which fails first if a package changes it; for the measurement
-of activations that is tests/unit/models/test_activation_memory.py."""
+of activations that is tests/unit/models/test_activation_memory.py, for attention tests/parity/test_attention.py."""
 NOT_PRIVATE = {"_exit", "_replace"}
 """Documented by Python: `os._exit`, and `_replace` of named tuples."""
 

@@ -18,6 +18,8 @@ WeightDtype = Literal["float32", "bfloat16", "float16"]
 TrainedDtype = Literal["float32", "bf16"]
 """Dtypes of weights that train in full."""
 MixedPrecision = Literal["no", "bf16", "fp16"]
+AttentionName = Literal["auto", "sdpa", "flash", "efficient", "cudnn", "flash3", "sage"]
+"""Attention kernels; models/attention.py says what each can do."""
 COMPUTE_DTYPES: Mapping[str, WeightDtype] = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """`mixed_precision` -> the dtype of frozen weights and of the computation."""
 ENCODER_DTYPES: Mapping[str, WeightDtype] = {**COMPUTE_DTYPES, "fp16": "float32"}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from diffsynth_core.config.choices import LoraFormat, MixedPrecision, TrainedDtype, WeightDtype
+from diffsynth_core.config.choices import AttentionName, LoraFormat, MixedPrecision, TrainedDtype, WeightDtype
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
 from diffsynth_core.config.optimizer_args import read_arguments
 from diffsynth_core.config.quant_options import read_quant_options
@@ -729,6 +729,14 @@ class Parameters(BaseModel):
         "choice",
         "Dtype of weights that train in full, and of their gradients; bf16 halves both: each update is computed in float32 and rounded stochastically, so that small ones are not lost. A LoRA is always float32",
         changes="numbers",
+        documented=False,
+    )
+    attention: AttentionName = _setting(
+        "auto",
+        "training",
+        "choice",
+        "Attention kernel of the denoiser and the models beside it; all compute the same up to rounding. sdpa: the one that PyTorch prefers for the sizes, as auto does where `DIFFUSERS_ATTN_BACKEND` is not set; flash (CPU, CUDA), efficient or cudnn (CUDA): that of PyTorch alone, without the masks of batches with captions of different lengths; flash3 and sage are refused, since diffusers computes no gradients with them",
+        changes="speed",
         documented=False,
     )
     enable_optimizer_cpu_offload: bool = _setting(

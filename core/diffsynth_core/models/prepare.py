@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from diffsynth_core.adapters.lora import add_lora
+from diffsynth_core.config.choices import AttentionName
+from diffsynth_core.models.attention import set_attention
 from diffsynth_core.models.family import Family
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
@@ -19,6 +21,7 @@ class ComponentSetup:
     `public_keys`: public names -> names in the module. `seed`: of the LoRA's initial weights.
     `checkpointing`: the backward pass recomputes activations (gradient checkpointing).
     `swapped`: linear layers whose weights wait in host memory, in the groups that are copied together.
+    `attention`: the kernel of its attention.
     """
 
     trained: frozenset[str] = frozenset()
@@ -28,6 +31,7 @@ class ComponentSetup:
     seed: int = 0
     checkpointing: bool = False
     swapped: tuple[tuple[str, ...], ...] = ()
+    attention: AttentionName = "auto"
 
 
 FROZEN = ComponentSetup()
@@ -46,5 +50,6 @@ def prepare_component(family: Family, component: str, module: nn.Module, setup: 
         parameter.requires_grad_(name in setup.trained)
     if setup.lora_modules:
         add_lora(module, setup.lora_modules, setup.rank, setup.seed, setup.public_keys)
+    set_attention(module, setup.attention)
     if setup.checkpointing:
         family.checkpoint_gradients(component, module)

@@ -294,6 +294,7 @@ class FamilyFacts:
         conditions: extra inputs that are metadata columns, of all its variants.
         frame_inputs: extra inputs that are frames of the target clip, not columns -> which one, negative from its end.
         later_inputs: extra inputs of DiffSynth-Studio for this family that are not supported yet.
+        masks_captions: whether a batch of captions of different lengths is padded, and attention masks the padding.
     """
 
     name: str
@@ -314,6 +315,7 @@ class FamilyFacts:
     conditions: tuple[Condition, ...] = ()
     frame_inputs: Mapping[str, int] = field(default_factory=dict)
     later_inputs: tuple[str, ...] = ()
+    masks_captions: bool = False
 
     def component(self, name: str) -> ComponentFacts:
         """Return the component of a name; the second of two denoisers is like the first."""

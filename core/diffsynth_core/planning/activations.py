@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.models.activation_cache import StepActivations, remembered
+from diffsynth_core.models.attention import ATTENTION_KERNELS
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import ENCODED_AT_ONCE
@@ -46,6 +47,7 @@ def component_setup(plan: RunPlan, name: str, parameters: Collection[str], rank:
         settings.seed,
         settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload,
         units_of_blocks(plan.model, plan.training, blocks, settings.cpu_offload_split_threshold),
+        settings.attention,
     )
 
 
@@ -199,7 +201,8 @@ def _part(plan: RunPlan, component: str, config: MemoryConfig) -> Any:
     lora = [training.lora_modules, config.rank] if component == training.lora_component else None
     whole = component in training.full
     parts = [_identity(plan, component), lora, whole, training.parts.get(component), config.storage[component]]
-    return parts if training.dtype == "float32" else [*parts, training.dtype]
+    kernel = ATTENTION_KERNELS[plan.parameters.attention].backend
+    return [*parts, *([] if training.dtype == "float32" else [training.dtype]), *([kernel] if kernel else [])]
 
 
 def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryConfig) -> "MeasuredComponent":

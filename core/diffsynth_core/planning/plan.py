@@ -13,6 +13,7 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem, collect_problems, report, report_missing
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
+from diffsynth_core.planning.attention import attention_problems
 from diffsynth_core.planning.block_swap import with_number_of_blocks
 from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
@@ -161,6 +162,7 @@ def make_plan(
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
         _check_updates(parameters, optimizer, mixed_precision, world_size)
+        _check_attention(parameters, found, device, mixed_precision)
         report(*(shape_faults(found) if found else []))
         steps = _step_plan(parameters, samples, world_size) if samples else None
         cache = parameters.cache_path or default_cache_path()
@@ -284,6 +286,16 @@ def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, mixed_pre
     for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
     report(*update_problems(parameters, optimizer, mixed_precision, world_size))
+
+
+def _check_attention(parameters: Parameters, found: ModelPlan | None, device: str, mixed_precision: str) -> None:
+    """Report why attention cannot be computed by the kernel that the parameters name."""
+    if found is None or not TASKS[parameters.task].trains:
+        return
+    if parameters.dry_run and parameters.device is None:  # planned for a GPU, whatever this machine has
+        device, mixed_precision = "cuda", parameters.mixed_precision or "bf16"
+    for problem in attention_problems(parameters, found.facts, device, mixed_precision):
+        (report if problem.wrong_use else report_missing)(problem)
 
 
 def _find_samples(

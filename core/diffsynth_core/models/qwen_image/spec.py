@@ -101,6 +101,7 @@ QWEN_IMAGE = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    masks_captions=True,
     conditions=(EDIT, EDIT_SMALL, CONTROL_IMAGE),
     later_inputs=(
         *("blockwise_controlnet_image", "blockwise_controlnet_inpaint_mask", "context_image", "layer_input_image"),
