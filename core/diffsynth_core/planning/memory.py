@@ -40,6 +40,8 @@ from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 
 ROUNDING_BYTES = 16
 """Per number of a tensor in bfloat16 while it is updated: weight, gradient and update in float32, and a temporary."""
+KEPT_ENCODINGS = 256 << 20
+"""Bytes of encodings that a process with its workers keeps in host memory once they were read."""
 PREFETCHED = 2
 """Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
 
@@ -305,6 +307,8 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
         parts["offloaded activations"] = memory.training.on_host
     if memory.training and (waiting := states_on_host(plan, config)):
         parts["optimizer state"] = config.optimizer.state_bytes(waiting)
+    if memory.training and plan.data.samples.samples:
+        parts["encodings that were read"] = min(KEPT_ENCODINGS, encoded.bytes_in(config.precision))
     if parameters.dataset_num_workers and plan.data.samples.samples:
         sample = encoded.bytes_in(config.precision) // len(plan.data.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.data.captions import draw_choice
 from diffsynth_core.models.family import Encoded
+from diffsynth_core.planning.encodings_plan import EncoderPlan
+from diffsynth_core.planning.memory import KEPT_ENCODINGS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.encode import load_columns
 from diffsynth_core.training.workers import iterate
@@ -49,10 +51,15 @@ def _batch_indices(plan: RunPlan, process: int) -> Iterator[_BatchIndex]:
 
 
 class _MicroBatches(Dataset[MicroBatch]):
-    """Micro-batches by index."""
+    """Micro-batches by index.
+
+    Encodings that were read stay in memory, up to a limit: those of a small dataset are read and verified once.
+    """
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
+        self._kept: dict[str, Encoded] = {}
+        self._room = KEPT_ENCODINGS // max(1, plan.parameters.dataset_num_workers)
 
     def __getitem__(self, index: _BatchIndex) -> MicroBatch:
         refs = self._plan.data.steps.batches.batch(index.epoch, index.number)
@@ -71,8 +78,18 @@ class _MicroBatches(Dataset[MicroBatch]):
         merged: Encoded = {}
         for part in self._plan.encodings.encoders:
             if not part.online:
-                merged.update(part.cache.read(part.key(sample, choice)))
+                merged.update(self._read_part(part, part.key(sample, choice)))
         return merged
+
+    def _read_part(self, part: EncoderPlan, key: str) -> Encoded:
+        if kept := self._kept.get(key):
+            return kept
+        encoded = part.cache.read(key)
+        size = sum(tensor.nbytes for tensor in encoded.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = encoded
+        return encoded
 
     def _load(self, sample: int, choice: int) -> dict[str, dict[str, Any]]:
         return {

@@ -4,20 +4,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.batches import BatchPlan, SampleRef, StepPlan
+from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.samples import SampleSet
-from diffsynth_core.planning.encodings_plan import EncodingsPlan
+from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef, EncodingsPlan
 from diffsynth_core.planning.output import ResumePoint
 from diffsynth_core.planning.plan import DataPlan, Machine, OutputPlan, RunPlan
+from diffsynth_core.training import loader
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 
 SHAPES = ["a"] * 7 + ["b"] * 4
+NOTHING_TO_ENCODE = EncodingsPlan((), {})
 
 
-def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: int = 0) -> RunPlan:
-    """A plan with nothing to encode, without the fields that the loader does not use."""
+def plan_of(
+    accumulation: int,
+    world_size: int,
+    first_step: int = 0,
+    workers: int = 0,
+    encodings: EncodingsPlan = NOTHING_TO_ENCODE,
+) -> RunPlan:
+    """A plan without the fields that the loader does not use; by default with nothing to encode."""
     steps = StepPlan(BatchPlan(SHAPES, 3, 2, seed=1), accumulation * world_size, 2, None)
     nothing: Any = None
     samples = SampleSet(tuple(SimpleNamespace(captions=("a caption",)) for _ in SHAPES), ())
@@ -29,7 +39,7 @@ def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: in
         training=nothing,
         output=OutputPlan(start=ResumePoint(first_step), cache=nothing),
         machine=Machine(device="cpu", mixed_precision="no", world_size=world_size),
-        found_encodings=EncodingsPlan((), {}),
+        found_encodings=encodings,
     )
 
 
@@ -77,3 +87,32 @@ def test_a_later_start_sees_the_rest_of_the_same_sequence(first_step):
 
 def test_workers_change_nothing():
     assert batches_of(plan_of(2, 1, workers=2), 0) == batches_of(plan_of(2, 1), 0)
+
+
+class CountedReads(EncodingCache):
+    """A cache that records which entries are read."""
+
+    reads: list[str]
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        self.reads.append(key)
+        return super().read(key)
+
+
+@pytest.mark.parametrize("kept", [len(SHAPES), 4])
+def test_encodings_are_read_once_as_far_as_they_have_room(tmp_path, monkeypatch, kept):
+    latents = {f"{sample:04}": torch.full((2, 3), float(sample)) for sample in range(len(SHAPES))}
+    monkeypatch.setattr(loader, "KEPT_ENCODINGS", kept * latents["0000"].nbytes)
+    cache = CountedReads(tmp_path)
+    cache.reads = []
+    for key, tensor in latents.items():
+        cache.write(key, {"latents": tensor})
+    nothing: Any = None
+    keys = {EncodingRef(sample): key for sample, key in enumerate(latents)}
+    part = EncoderPlan(nothing, online=False, cache=cache, keys=keys, missing=())
+    batches = batches_of(plan_of(1, 1, encodings=EncodingsPlan((part,), {})), 0)
+    for batch in batches:
+        for ref, encoded in zip(batch.refs, batch.encoded, strict=True):
+            assert torch.equal(encoded["latents"], latents[f"{ref.sample:04}"])
+    seen = sum(len(batch.refs) for batch in batches)
+    assert len(cache.reads) == kept + (seen // len(SHAPES)) * (len(SHAPES) - kept)
