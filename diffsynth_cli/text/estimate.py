@@ -10,11 +10,14 @@ from diffsynth_core.files import free_bytes, model_base_path
 from diffsynth_core.planning.disk import disk_use, download_bytes
 from diffsynth_core.planning.fitted import gpu_bytes, host_limit
 from diffsynth_core.planning.fitting import MemoryFit, find_fit
+from diffsynth_core.planning.flops import step_flops
 from diffsynth_core.planning.memory import TrainingMemory, device_memory, host_memory, unknown_parts
 from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import ASSUMED_CAPTION, Workload, find_workload
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
+
+TERA = 10**12
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
         yield f"  {_memory(part.total)}  {part.component} while encoding, before training: {parts}"
     yield f"  {_memory(memory.peak)}  peak"
     yield f"  excludes {', '.join(('kernel workspace and driver overhead', *unknown_parts(plan)))}"
+    if plan.task.trains and (work := step_flops(plan, sizes)):
+        forward, backward, recomputed, total = (
+            f"{flops / TERA:.1f}" for flops in (work.forward, work.backward, work.recomputed, work.total)
+        )
+        passes = f"forward {forward}, backward {backward}, recomputed {recomputed}"
+        yield f"Matrix products of a step in each process: {total} TFLOP ({passes})"
     yield "Host memory, without Python and its libraries"
     yield from _table(host_memory(plan, config, memory, run.encoded))
     yield from _disk_lines(plan, config, run)

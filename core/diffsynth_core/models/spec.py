@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from diffsynth_core.config.choices import LayoutName, LoraFormat
 from diffsynth_core.data.conditions import Condition, TargetSpec, ValueCondition
+from diffsynth_core.models.forward_work import ForwardWork
 from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, HubModelSize, LatentFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_formats import LoraNaming
@@ -102,6 +103,7 @@ class ComponentFacts:
         comfyui: for the `comfyui` layout, if its keys are not the original ones: map to module keys; None: ComfyUI
             does not read this component, or its names are not known.
         folder: its folder in a repository of diffusers, if it has another name there.
+        work: of its forward pass in a training step; None: not declared.
     """
 
     name: str
@@ -125,6 +127,7 @@ class ComponentFacts:
     inputs: tuple[str, ...] = ()
     comfyui: KeyMap | Literal["original"] | None = None
     folder: str = ""
+    work: ForwardWork | None = None
 
     def names_in(self, layout_name: LayoutName, layout: Layout) -> KeyMap | None:
         """Return the map from keys in files of a layout to module keys; None if there is none."""

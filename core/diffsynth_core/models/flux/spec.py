@@ -11,6 +11,7 @@ from diffsynth_core.models.control import CONTROL_IMAGE, CONTROLNET, CONTROLNET_
 from diffsynth_core.models.flux import keys, sampling
 from diffsynth_core.models.flux.captions import POOLED, TEXT
 from diffsynth_core.models.flux.sizes import PUBLISHED
+from diffsynth_core.models.flux.work import WORK
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import LatentFacts
 from diffsynth_core.models.spec import (
@@ -128,6 +129,7 @@ FLUX = FamilyFacts(
         ComponentFacts(
             name="dit",
             title="diffusion transformer",
+            work=WORK,
             layouts=(
                 Layout(keys.DIT_ORIGINAL_SIGNATURE, keys.DIT_ORIGINAL, keys.DIT, keys.DIT_ORIGINAL),
                 Layout(keys.DIT_DIFFUSERS_SIGNATURE, public_keys=keys.DIT, saved_keys=keys.DIT_ORIGINAL),
@@ -180,6 +182,7 @@ FLUX = FamilyFacts(
         ComponentFacts(
             name=CONTROLNET,
             title="ControlNet",
+            work=WORK,
             layouts=(Layout(keys.CONTROLNET_SIGNATURE),),
             file_patterns=FILE_PATTERNS,
             config_classes=("FluxControlNetModel",),

@@ -8,6 +8,7 @@ from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux2 import captions, keys, sampling
 from diffsynth_core.models.flux2.sizes import PUBLISHED
+from diffsynth_core.models.flux2.work import WORK
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import LatentFacts
 from diffsynth_core.models.spec import (
@@ -96,6 +97,7 @@ FLUX2 = FamilyFacts(
         ComponentFacts(
             name="dit",
             title="diffusion transformer",
+            work=WORK,
             layouts=(
                 Layout(keys.TRANSFORMER_SIGNATURE),
                 Layout(keys.TRANSFORMER_ORIGINAL_SIGNATURE, keys.DIT_ORIGINAL),

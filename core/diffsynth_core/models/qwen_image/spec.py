@@ -14,6 +14,7 @@ from diffsynth_core.models.qwen_image.keys import (
 )
 from diffsynth_core.models.qwen_image.sizes import PUBLISHED
 from diffsynth_core.models.qwen_image.variants import EDIT, EDIT_IMAGE, EDIT_SMALL, variant
+from diffsynth_core.models.qwen_image.work import WORK
 from diffsynth_core.models.spec import (
     ComponentFacts,
     FamilyFacts,
@@ -33,6 +34,7 @@ QWEN_IMAGE = FamilyFacts(
         ComponentFacts(
             name="dit",
             title="diffusion transformer",
+            work=WORK,
             layouts=(
                 Layout(
                     frozenset(
@@ -81,6 +83,7 @@ QWEN_IMAGE = FamilyFacts(
         ComponentFacts(
             name=CONTROLNET,
             title="ControlNet",
+            work=WORK,
             layouts=(
                 Layout(
                     frozenset(

@@ -26,6 +26,7 @@ from diffsynth_core.models.wan.sizes import (
     IMAGE_TOKENS,
     PUBLISHED,
 )
+from diffsynth_core.models.wan.work import WORK
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
 """Repository with safetensors copies of the pickled files in Wan's own repositories."""
@@ -173,6 +174,7 @@ WAN = FamilyFacts(
         ComponentFacts(
             name="dit",
             title="diffusion transformer",
+            work=WORK,
             layouts=(
                 Layout(keys.DIT_ORIGINAL_SIGNATURE, keys.DIT, keys.DIT),
                 Layout(keys.DIT_DIFFUSERS_SIGNATURE, public_keys=keys.DIT),
