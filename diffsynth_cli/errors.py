@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from diffsynth_cli.printing import echo, echo_styled, printable
-from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem, truncate
+from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, OutOfTime, Problem, truncate
 from diffsynth_core.files import default_cache_path
 
 SHOWN_OF_A_NAME = 200
@@ -73,7 +73,7 @@ def ending_of(error: Exception, command: str = "diffsynth") -> Ending:
     `command`: the command that was called, whose help is suggested after wrong use.
     """
     if isinstance(error, Interrupted):
-        return Ending(error.exit_code, sentence=_interruption(error))
+        return Ending(error.exit_code, sentence=sentence_of(error))
     if isinstance(error, DiffSynthError):
         return Ending(error.exit_code, error.problems)
     usage = getattr(error, "format_message", None)
@@ -131,8 +131,8 @@ def _file_problem(error: OSError) -> Problem:
     return Problem(what, HINTS_FOR_FILES.get(error.errno or 0, "check the path and the disk it is on"))
 
 
-def _interruption(error: Interrupted) -> str:
-    """The effect of a signal, in one sentence."""
+def sentence_of(error: Interrupted | OutOfTime) -> str:
+    """Why and where a run stopped, in one sentence."""
     (problem,) = error.problems
     sentence = "; ".join(part for part in (problem.message, problem.hint) if part)
     return sentence[0].upper() + sentence[1:]

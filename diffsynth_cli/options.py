@@ -18,6 +18,7 @@ METAVARS = {
     "float": "NUMBER",
     "path": "PATH",
     "memory": "AMOUNT",
+    "duration": "DURATION",
     "blocks": "INTEGER|auto",
     "str": "TEXT",
     "comma list": "A,B,…",

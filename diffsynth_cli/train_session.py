@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import typer
 
 from diffsynth_cli import REPORTS, launching
 from diffsynth_cli.console import ConsoleReporter
-from diffsynth_cli.errors import exit_code_of, lines_for_log
+from diffsynth_cli.errors import exit_code_of, lines_for_log, sentence_of
 from diffsynth_cli.printing import echo, echo_line, echo_styled
 from diffsynth_cli.ranks import in_company
 from diffsynth_cli.streams import stdout_as_messages
@@ -33,7 +33,7 @@ from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line, format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import EXIT_DOES_NOT_FIT, DiffSynthError, FaultsFound, Problem
+from diffsynth_core.errors import EXIT_DOES_NOT_FIT, DiffSynthError, FaultsFound, OutOfTime, Problem, raise_if_any
 from diffsynth_core.hub.download_plan import DownloadPlan
 from diffsynth_core.progress import format_bytes, pluralize
 from diffsynth_core.session import Plans, Session, StageResult
@@ -51,10 +51,8 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     """
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     first = stages[0].parameters
-    about_memory = [name for name in ("gpu_memory", "fit") if stages[0].origin(name).kind == "flag"]
-    if first.rehearse and about_memory:
-        what = f"`{about_memory[0]}` has no effect in a rehearsal, whose weights are tiny"
-        raise FaultsFound([Problem(what, "pass it with `--dry_run` and without `--rehearse`", wrong_use=True)])
+    if first.rehearse:
+        raise_if_any(list(_without_effect_in_rehearsals(stages[0])))
     try:
         if launching.is_launched():
             launching.check_world_size(first.num_processes)
@@ -74,6 +72,14 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
         raise
     finally:
         reporter.close()
+
+
+def _without_effect_in_rehearsals(resolved: Resolved) -> Iterator[Problem]:
+    """The problems of flags about the real weights and the real time of a run."""
+    given = [name for name in ("gpu_memory", "fit", "max_time") if resolved.origin(name).kind == "flag"]
+    for name in given:
+        what = f"`{name}` has no effect in a rehearsal, whose weights are tiny"
+        yield Problem(what, "pass it with `--dry_run` and without `--rehearse`", wrong_use=True)
 
 
 def _show_plans(session: Session, reporter: ConsoleReporter) -> int:
@@ -161,9 +167,12 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
     # The launcher ends all processes if one has died, and the command that started it reports signals of the user.
     report_stop = reporter.keep if REPORTS in os.environ else reporter.info
     with listen_for_stop(report_stop, second_signal_stops=not launching.is_launched()) as stop:
-        for result in session.train(plans, stop, announce):
-            if not reporter.quiet:
-                _show_result(result, reporter)
+        try:
+            for result in session.train(plans, stop, announce):
+                if not reporter.quiet:
+                    _show_result(result, reporter)
+        except OutOfTime as stopped:
+            reporter.info(sentence_of(stopped))
     return 0
 
 

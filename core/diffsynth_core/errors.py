@@ -122,6 +122,12 @@ class Interrupted(DiffSynthError):
         self.exit_code = SIGNAL_EXIT_BASE + signal_number
 
 
+class OutOfTime(DiffSynthError):
+    """The time of `max_time` is over; everything worth keeping has been saved, and nothing went wrong."""
+
+    exit_code = 0
+
+
 def raise_if_any(problems: Sequence[Problem]) -> None:
     """Raise all `problems` together, if there are any.
 

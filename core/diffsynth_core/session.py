@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_core.config.durations import duration_seconds
 from diffsynth_core.config.resolve import Resolved, resolve_stages
-from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted, Problem, raise_if_any
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted, OutOfTime, Problem, raise_if_any
 from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.client import downloads_disabled
 from diffsynth_core.hub.download import download_missing
@@ -162,12 +163,15 @@ class Session:
         Raises:
             FaultsFound: as `plan` and `check_machine`.
             Interrupted: after a stop; the state has been saved.
+            OutOfTime: when the time of `max_time`, which begins here and is for all stages, ends; as after a stop.
         """
         from diffsynth_core.stop import StopRequest
 
         plans = self.plan() if plans is None else plans
         self.check_machine(plans)
         stop = StopRequest() if stop is None else stop  # one that nobody has set is false
+        if max_time := self.stages[0].parameters.max_time:
+            stop.limit_time(duration_seconds(max_time))
         for number, (stage, plan) in enumerate(plans.items()):
             try:
                 if number:
@@ -175,14 +179,15 @@ class Session:
                     _free_memory(plan)
                 announce(stage, plan)
                 yield self._carry_out(stage, plan, stop)
-            except Interrupted as error:
+            except (Interrupted, OutOfTime) as error:
                 if not number:
                     raise
                 # Before its first step, a run suggests rerunning the command; here, earlier stages have already
                 # written runs, which only `--resume auto` continues.
-                stopped_by = error.exit_code - SIGNAL_EXIT_BASE
-                what = f"stage {stage}: {error.problems[0].message}"
-                raise Interrupted(stopped_by, what, "continue with `--resume auto`") from error
+                what, hint = f"stage {stage}: {error.problems[0].message}", "continue with `--resume auto`"
+                if isinstance(error, OutOfTime):
+                    raise OutOfTime(what, hint) from error
+                raise Interrupted(error.exit_code - SIGNAL_EXIT_BASE, what, hint) from error
 
     def rehearse(
         self, stop: "StopRequest | None" = None, announce: Announce = lambda *_: None

@@ -1,21 +1,28 @@
-"""Stopping on a signal, after the current step is finished and saved."""
+"""Stopping on a signal or when the time is over, after the current step is finished and saved."""
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from diffsynth_core.errors import STOPPING_SIGNALS, Interrupted
+from diffsynth_core.errors import STOPPING_SIGNALS, Interrupted, OutOfTime
 
 FINISHING = "Finishing the current step and saving; repeat the signal to stop at once"
 """Message on the first signal."""
 
 
 class StopRequest:
-    """Whether a stop was requested, and by which signal."""
+    """Whether a stop was requested, by which signal, and when the time is over.
+
+    Signals reach all processes of a run; when the time is over, they have to agree about it, because each has its own
+    clock.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._deadline = math.inf
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
@@ -32,6 +39,37 @@ class StopRequest:
                 "interrupted before the first step; finished encodings are kept",
                 "rerun the command to continue",
             )
+
+    def limit_time(self, seconds: float) -> None:
+        """Let the time be over so long from now."""
+        self._deadline = time.monotonic() + seconds
+
+    @property
+    def limits_time(self) -> bool:
+        """Whether the time is limited."""
+        return self._deadline < math.inf
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the time is over, negative afterwards; infinite without a limit."""
+        return self._deadline - time.monotonic()
+
+    def raise_if_out_of_time(self) -> None:
+        """Stop before the first step.
+
+        Raises:
+            OutOfTime: if the time is over.
+        """
+        if self.seconds_left < 0:
+            raise out_of_time_before_first_step()
+
+
+def out_of_time_before_first_step() -> OutOfTime:
+    """The error of all processes of a run when the time of one is over before the first step."""
+    return OutOfTime(
+        "stopped before the first step because of `--max_time`; finished encodings are kept",
+        "rerun the command to continue",
+    )
 
 
 @contextmanager

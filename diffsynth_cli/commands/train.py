@@ -13,8 +13,8 @@ HELP = """Train from a recipe: LoRA, full, or both.
 Every flag can be written with underscores or dashes; flags override --config, which overrides the recipe,
 which overrides the defaults.
 
-Exit codes: 0 success, 1 failure or problems found, 2 incorrect usage, 130, 143 or 129 stopped by a signal; with
---dry_run or --fit also 3: the run does not fit in --gpu_memory."""
+Exit codes: 0 success or stopped by --max_time, 1 failure or problems found, 2 incorrect usage, 130, 143 or 129 stopped
+by a signal; with --dry_run or --fit also 3: the run does not fit in --gpu_memory."""
 """Help text of the command."""
 EXAMPLES = (
     "diffsynth train --recipe qwen-image-lora --rehearse",

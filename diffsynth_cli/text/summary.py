@@ -19,12 +19,12 @@ from diffsynth_core.config.documents import flag
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.files import disk_id, free_bytes
 from diffsynth_core.hub.model_files import MissingFiles
-from diffsynth_core.planning.disk import download_bytes
+from diffsynth_core.planning.disk import assumed_save_seconds, checkpoint_bytes, download_bytes, state_bytes
 from diffsynth_core.planning.memory import device_memory, host_memory
 from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.trained_sizes import count_trained
-from diffsynth_core.progress import format_bytes, format_count, format_memory, pluralize
+from diffsynth_core.progress import format_bytes, format_count, format_duration, format_memory, pluralize
 
 PRECISIONS = {"no": "float32"}
 """Names of `mixed_precision` values as dtypes, where they differ."""
@@ -57,6 +57,8 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
         yield _labeled("Steps", _steps(plan))
         for note in start_lines(plan):
             yield _labeled("", note)
+    if plan.parameters.max_time:
+        yield _labeled("Time", _time(plan))
     if estimate:
         yield _labeled("Memory", _memory(plan, estimate))
         yield _labeled("Disk", _disk(plan, estimate))
@@ -122,6 +124,16 @@ def _steps(plan: RunPlan) -> str:
     if not plan.data.steps.total_steps:
         return "unknown without a dataset, and so is the run time"
     return f"{steps_in_words(plan)}; the time per step is known after the first ones"
+
+
+def _time(plan: RunPlan) -> str:
+    """When the run stops, and how long it takes a save to take until it has measured one."""
+    stops = f"at most {plan.parameters.max_time} for this command, encoding included"
+    if not (plan.task.trains and plan.data.steps.total_steps):
+        return stops
+    assumed, written = assumed_save_seconds(plan), checkpoint_bytes(plan) + state_bytes(plan)
+    seconds = format_duration(assumed.checkpoint + assumed.state)
+    return f"{stops}; a save of {format_bytes(written)} is assumed to take {seconds} until one is measured"
 
 
 def _memory(plan: RunPlan, estimate: Estimate) -> str:

@@ -17,6 +17,7 @@ VALUES = {
     "float": 0.5,
     "path": "some/path",
     "memory": "24GB",
+    "duration": "3h50m",
     "blocks": "auto",
     "str": "text",
     "comma list": "a,b",

@@ -121,6 +121,29 @@ def test_with_a_dataset_its_largest_image_counts(plan, dataset):
     assert "encodings of 4 samples" in outcome.out
 
 
+def test_how_long_a_run_may_take_is_told_with_what_a_save_takes(plan, dataset):
+    outcome = plan("qwen-image-lora", "--dataset_base_path", dataset, "--max_time", "3h50m")
+    (reported,) = (line for line in outcome.out.splitlines() if line.startswith("Time"))
+    # LoRA weights and moments of AdamW in float32, and a checkpoint of the weights: 4 x 4 bytes for each of them.
+    assert reported == names("3h50m", "encoding included", "a save of 3.8 GB", "39 s", "until one is measured")
+
+
+@pytest.mark.parametrize(
+    ("amount", "meant"), [("230", "`230s` or `230m` or `230h`"), ("3:50:00", "`3h50m`"), ("0s", None), ("soon", None)]
+)
+def test_what_is_no_duration_is_told_with_what_may_be_meant(cli, amount, meant):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--max_time", amount)
+    assert outcome.code == 2
+    assert outcome.err == names("error:", "max_time", "a duration such as 3h50m", amount, "--max_time")
+    assert ("did you mean" in outcome.err) == (f"did you mean {meant}?" in outcome.err) == bool(meant)
+
+
+def test_a_rehearsal_has_no_time_to_keep(cli):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--max_time", "1h", "--gpu_memory", "24GB")
+    assert outcome.code == 2 and "2 problems" in outcome.err
+    assert outcome.err == names("`max_time` has no effect in a rehearsal")
+
+
 def test_wrong_use_is_told_with_what_is_missing_and_without_a_plan(says, plan):
     outcome = plan("qwen-image-lora", "--lora_rnk", 4)
     assert outcome.code == 2 and outcome.out == ""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic.fields import FieldInfo
 
 from diffsynth_core.config.choices import AttentionName, LoraFormat, MixedPrecision, TrainedDtype, WeightDtype
+from diffsynth_core.config.durations import DURATION_WORDS, duration_seconds
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
 from diffsynth_core.config.optimizer_args import read_arguments
 from diffsynth_core.config.quant_options import read_quant_options
@@ -90,6 +91,14 @@ def _check_memory(value: object) -> object:
     return value.strip()
 
 
+def _check_duration(value: object) -> object:
+    """Accept a string that `duration_seconds` can read; a bare number has no unit."""
+    if not isinstance(value, str):
+        raise ValueError(f"is not {DURATION_WORDS}")
+    duration_seconds(value)
+    return value.strip()
+
+
 def _read_blocks(value: object) -> object:
     """Accept `auto`, or an integer as other parameters do."""
     if value == "auto":
@@ -129,6 +138,8 @@ Arguments = Annotated[str, BeforeValidator(read_arguments, json_schema_input_typ
 """Arguments of a function, as sorted `name=value` words; a mapping in a file."""
 MemorySize = Annotated[str, BeforeValidator(_check_memory)]
 """GPU memory: an amount such as `24GB`, or a card such as `4090`."""
+Duration = Annotated[str, BeforeValidator(_check_duration)]
+"""A time span, such as `3h50m`."""
 QuantOptions = Annotated[str, BeforeValidator(read_quant_options, json_schema_input_type=str | dict[str, str])]
 """How models are quantized: entry -> method."""
 BlockCount = Annotated[
@@ -149,6 +160,7 @@ TYPE_WORDS = {
     "bool": "true or false",
     "path": "a path",
     "memory": MEMORY_WORDS,
+    "duration": DURATION_WORDS,
     "blocks": "an integer from 0, or auto",
     "str": "a string",
     "comma list": "a comma-separated list of strings",
@@ -367,6 +379,16 @@ class Parameters(BaseModel):
         documented=False,
         ge=1,
         rehearsal_limit=8,
+    )
+    max_time: Duration | None = _setting(
+        None,
+        "run",
+        "duration",
+        "Stop in time for the training of this command, encoding included, to be saved and over after so long, such as 3h50m: for rented machines and batch systems; the exit code is 0, and `--resume auto` continues",
+        changes="files",
+        documented=False,
+        in_recipes=False,
+        rehearsal="own",
     )
     gpu_memory: MemorySize | None = _setting(
         None,

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from diffsynth_core.config.arguments import StrayWord, unknown_arguments
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.config.durations import nearest_durations
 from diffsynth_core.config.gpu_memory import nearest_memory
 from diffsynth_core.config.origins import DEFAULT, Kind, Origin, Source, levels_of, merge, rank_sources
 from diffsynth_core.config.parameters import SETTINGS, Parameters
@@ -322,7 +323,8 @@ def _value_problem(name: str, value: Any, detail: Any, origin: Origin) -> Proble
         expected = f"{expected} of {words} {detail['ctx'][key]}"
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
     choice = suggest(shown, SETTINGS[name].choices)
-    near = nearest_memory(shown) if SETTINGS[name].type_name == "memory" else [choice] if choice else []
+    nearest = {"memory": nearest_memory, "duration": nearest_durations}.get(SETTINGS[name].type_name)
+    near = nearest(shown) if nearest else [choice] if choice else []
     hint = f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else None
     return Problem(f"`{name}` takes {expected}, got `{shown}` ({origin})", hint, wrong_use=True)
 

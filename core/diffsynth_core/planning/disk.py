@@ -1,4 +1,4 @@
-"""How much disk a run takes: encodings, checkpoints, states, downloads; from sizes alone. No torch."""
+"""How much disk a run takes, and how long a save is assumed to take: from sizes alone. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,20 @@ from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.trained_sizes import lora_numbers, trained_shapes, trained_tensor_bytes
 from diffsynth_core.weights.base_files import FLOAT8
+
+ASSUMED_WRITE_RATE = 100e6
+"""Bytes per second at which a save is assumed to be copied, hashed and written before one was measured: that of network
+disks, which rented machines often have; local ones are several times faster."""
+ASSUMED_SAVE_OVERHEAD = 0.5
+"""Seconds that a checkpoint and a state, however small, are assumed to take besides."""
+
+
+@dataclass(frozen=True)
+class SaveSeconds:
+    """How long one checkpoint and one state are assumed to take, before any was measured."""
+
+    checkpoint: float
+    state: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,12 @@ def state_bytes(plan: RunPlan) -> int:
     rank = plan.parameters.lora_rank
     weights = trained_tensor_bytes(plan, rank, plan.training.dtype)
     return sum(weights) + plan.training.optimizer.state_bytes(trained_shapes(plan, rank))
+
+
+def assumed_save_seconds(plan: RunPlan) -> SaveSeconds:
+    """From the bytes of a checkpoint and of a state."""
+    checkpoint, state = checkpoint_bytes(plan) / ASSUMED_WRITE_RATE, state_bytes(plan) / ASSUMED_WRITE_RATE
+    return SaveSeconds(ASSUMED_SAVE_OVERHEAD + checkpoint, ASSUMED_SAVE_OVERHEAD + state)
 
 
 def most_states(plan: RunPlan, keep: int) -> int:

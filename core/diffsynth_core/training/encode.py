@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.errors import DiffSynthError, Interrupted, raise_if_any
+from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime, raise_if_any
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
@@ -23,7 +23,7 @@ from diffsynth_core.planning.loading import free_device_memory
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
-from diffsynth_core.stop import StopRequest
+from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.workers import iterate
 
@@ -71,6 +71,7 @@ def fill_cache(
     Raises:
         DiffSynthError: if an image or video cannot be decoded, or an entry cannot be written.
         Interrupted: if a stop is requested; finished entries are kept.
+        OutOfTime: in all processes, if the time of one of them is over; finished entries are kept.
     """
     if plan.task.trains and plan.encodings.components_to_load:
         raise_if_any(folder_faults(plan.output.cache, "cache_path"))
@@ -81,8 +82,23 @@ def fill_cache(
                 f"{pluralize(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
                 f"{verb(len(part.damaged), 'is', 'are')} damaged and will be encoded again; the first is `{first}`"
             )
+    late = torch.zeros((), device=accelerator.device)
+    try:
+        _encode_missing(plan, family, accelerator, reporter, stop)
+    except OutOfTime:
+        late += 1
+    # Processes that have encoded their share wait here for the others, whose time may be over before.
+    if accelerator.reduce(late, "sum") > 0:
+        raise out_of_time_before_first_step()
+
+
+def _encode_missing(
+    plan: RunPlan, family: Family, accelerator: Accelerator, reporter: Reporter, stop: StopRequest
+) -> None:
+    """Encode this process's share of the missing samples."""
     for component in plan.encodings.components_to_load:
         stop.raise_if_set()
+        stop.raise_if_out_of_time()
         components: dict[str, Any] = load_tokenizers(
             plan.model, family, component
         )  # first, because their faults show at once
@@ -97,7 +113,6 @@ def fill_cache(
                 _encode(plan, part, family, components, share, hash_cache(plan.output.cache), reporter, stop)
         del components
         free_device_memory(accelerator.device)
-    accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
@@ -130,6 +145,7 @@ def _encode(
         try:
             for ref, sample in raw:
                 stop.raise_if_set()
+                stop.raise_if_out_of_time()
                 try:
                     encoded = batches.add(ref, sample)
                 except DiffSynthError as error:
@@ -140,7 +156,7 @@ def _encode(
                 store(encoded)
                 if warning := family.truncation_warning(part.encoder, components, sample):
                     warnings.setdefault(warning, []).append(plan.data.samples.samples[ref.sample].row)
-        except Interrupted:  # with a large encoder, what still waits may take minutes
+        except (Interrupted, OutOfTime):  # with a large encoder, what still waits may take minutes
             raise
         except Exception:  # a sample that cannot be loaded loses none of those before it
             store(batches.rest())
@@ -148,6 +164,7 @@ def _encode(
         for encoded_last in batches.rest():
             store([encoded_last])
             stop.raise_if_set()
+            stop.raise_if_out_of_time()
     for warning, rows in warnings.items():
         reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
 

@@ -28,21 +28,23 @@ from diffsynth_core.checkpoints.run_folder import (
 from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, LoopState
 from diffsynth_core.checkpoints.state import save_state
 from diffsynth_core.config.parameters import as_plain
-from diffsynth_core.errors import DiffSynthError, Interrupted
+from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
 from diffsynth_core.planning.block_swap import trained_blocks
+from diffsynth_core.planning.disk import assumed_save_seconds
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
-from diffsynth_core.stop import StopRequest
+from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.checkpointing import write_checkpoint
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.engine import Engine, FusedEngine, ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
+from diffsynth_core.training.pace import Pace
 from diffsynth_core.training.schedules import learning_rate
 
 MakeEngine = Callable[[Accelerator, float | None], Engine]
@@ -87,6 +89,7 @@ def train(
     Raises:
         DiffSynthError: on faults found while running, such as a non-finite loss.
         Interrupted: if a signal requested a stop; the state has been saved.
+        OutOfTime: if the time that `stop` allows is over; the state has been saved.
     """
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
@@ -196,6 +199,7 @@ class Run:
         """Step of the current weights, and of the latest state on disk."""
         self.samples_seen = 0
         self.skipped_in_a_row = 0
+        self.pace = Pace(assumed_save_seconds(plan))
         if plan.output.start.state:
             self.engine.restore(plan.output.start.state)
             self.samples_seen = plan.output.start.state.loop_state.samples_seen
@@ -211,7 +215,7 @@ class Run:
         try:
             self._loop(stop, stop_after)
             self._check_folder()
-        except (Interrupted, KeyboardInterrupt):
+        except (Interrupted, OutOfTime, KeyboardInterrupt):
             self._finish("interrupted")
             raise
         except BaseException as error:
@@ -233,10 +237,12 @@ class Run:
         micro_batches = iterate_micro_batches(self.plan, self.accelerator.process_index)
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
+        self._check_time(stop)
         with self.reporter.task("Training", total, "steps", done=first) as task:
             observers = (*self.observers, ProgressObserver(task, self.accelerator.device))
             for step in range(first, total):
                 started = time.perf_counter()
+                self.pace.begin_step()
                 part = steps.slice(step)
                 sample_count = steps.samples_in(part)
                 fetched = self._fetch(micro_batches, -(-(part.stop - part.start) // self.plan.machine.world_size))
@@ -244,7 +250,7 @@ class Run:
 
                 rate = learning_rate(step, params.learning_rate, params.lr_scheduler, params.lr_warmup_steps, total)
                 self.engine.begin(rate, step)
-                loss, gradient_norm, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
+                loss, gradient_norm, asked_to_stop, out_of_time = self._forward_backward(fetched, sample_count, stop)
                 self._check_finite(step, loss, gradient_norm)
                 self._update(sample_count)
                 done = self.done
@@ -255,8 +261,9 @@ class Run:
                 )
                 for observer in observers:
                     observer.on_step(report)
+                self.pace.end_step()
 
-                stopping = asked_to_stop or done == stop_after
+                stopping = asked_to_stop or out_of_time or done == stop_after
                 if stopping or self._checkpoint_is_due(done):
                     self._save_checkpoint(interrupted=stopping and done < total)
                 if stopping or self._state_is_due(done):
@@ -268,34 +275,60 @@ class Run:
                             f"interrupted after step {done} of {total}; the run is saved in `{self.folder}`",
                             "continue with `--resume auto`",
                         )
+                    if out_of_time:
+                        raise self._out_of_time()
                     return
+
+    def _check_time(self, stop: StopRequest) -> None:
+        """Stop before the first step if encoding and loading left too little time even for a save after it."""
+        if stop.limits_time and self.done < self.plan.data.steps.total_steps:
+            late = self.accelerator.is_main_process and stop.seconds_left < self.pace.save_seconds
+            if self.engine.sum_over_processes(torch.tensor(float(late), device=self.accelerator.device)) > 0:
+                raise self._out_of_time()
+
+    def _out_of_time(self) -> OutOfTime:
+        if not self.done:
+            return out_of_time_before_first_step()
+        total = self.plan.data.steps.total_steps
+        return OutOfTime(
+            f"stopped after step {self.done} of {total} because of `--max_time`; the run is saved in `{self.folder}`",
+            "continue with `--resume auto`",
+        )
 
     def _fetch(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
         return [next(micro_batches) for _ in range(count)]
 
     def _forward_backward(
         self, fetched: list[MicroBatch], sample_count: int, stop: StopRequest
-    ) -> tuple[float, float, bool]:
+    ) -> tuple[float, float, bool, bool]:
         """Compute the gradients of the mean loss over all samples of the step.
 
         Each micro-batch is scaled by world size / samples of the step, because engines average gradients over
         processes; so the result is the mean over samples, whatever the sizes of the micro-batches.
 
         Returns:
-            The mean loss, the norm of the gradients, and whether any process was asked to stop: all processes must
-            stop after the same step, so the request is reduced together with the loss.
+            The mean loss, the norm of the gradients, whether any process was asked to stop, and whether the time allows
+            no other step: all processes must stop after the same step, so both are reduced together with the loss.
         """
-        total = torch.zeros(2, device=self.accelerator.device)
+        total = torch.zeros(3, device=self.accelerator.device)
         for index, micro_batch in enumerate(fetched):
             weight = self.plan.machine.world_size / sample_count if micro_batch.counts else 0.0
             losses = self.engine.forward_backward(micro_batch, weight, last=index == len(fetched) - 1)
             if micro_batch.counts:
                 total[0] += losses.sum()
         total[1] = float(bool(stop))
+        total[2] = float(self._is_last_in_time(stop))
         total = self.engine.sum_over_processes(total)
         # Before the update, which must not use a value that is not finite: the only wait for the device in a step.
-        loss_sum, asked, gradient_norm = torch.cat([total, self.engine.gradient_norm()[None]]).tolist()
-        return loss_sum / sample_count, gradient_norm, asked > 0
+        loss_sum, asked, late, gradient_norm = torch.cat([total, self.engine.gradient_norm()[None]]).tolist()
+        return loss_sum / sample_count, gradient_norm, asked > 0, late > 0
+
+    def _is_last_in_time(self, stop: StopRequest) -> bool:
+        """Return whether the run must stop after the current step to be saved in time; the main process decides."""
+        if not (stop.limits_time and self.accelerator.is_main_process):
+            return False
+        saves_after_it = self._checkpoint_is_due(self.done + 1) or self._state_is_due(self.done + 1)
+        return not self.pace.allows_another(stop.seconds_left, saves=1 + saves_after_it)
 
     def _check_finite(self, step: int, loss: float, gradient_norm: float) -> None:
         """Stop before the optimizer uses a non-finite value; float16 scaling skips non-finite gradients itself.
@@ -349,7 +382,8 @@ class Run:
         if self.accelerator.is_main_process:
             epoch = self.plan.data.steps.slice(self.done - 1).epoch
             name = f"step-{self.done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
-            entry = write_checkpoint(self.plan, self.model, self.folder, name, self.done, epoch)
+            with self.pace.writing_checkpoint():
+                entry = write_checkpoint(self.plan, self.model, self.folder, name, self.done, epoch)
             self.record.add_checkpoint(entry)
             self.record.save(self.folder)
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
@@ -360,10 +394,11 @@ class Run:
         """Save the state for `--resume auto`; `together`: all processes have reached this point and wait for the
         end.
         """
-        tensors = self.engine.state()
-        if self.accelerator.is_main_process:
-            loop_state = LoopState(self.done, self.samples_seen, self.engine.scaler_state(), run=self.record.id)
-            save_state(self.folder, loop_state, tensors, self.plan.parameters.keep_states)
+        with self.pace.writing_state():
+            tensors = self.engine.state()
+            if self.accelerator.is_main_process:
+                loop_state = LoopState(self.done, self.samples_seen, self.engine.scaler_state(), run=self.record.id)
+                save_state(self.folder, loop_state, tensors, self.plan.parameters.keep_states)
         # Only after the state is on disk: a kill in between must not leave a record of a step that is not saved.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
         if self.accelerator.is_main_process:

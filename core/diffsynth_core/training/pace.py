@@ -1,0 +1,58 @@
+"""How long the steps and saves of a run take, and whether one more step ends in time."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffsynth_core.planning.disk import SaveSeconds
+
+
+class Pace:
+    """What the process that saves measures: only it is never kept waiting by the saves of another.
+
+    Attributes:
+        slowest_step: seconds, with everything from one step to the next but saves; 0 before the first.
+    """
+
+    def __init__(self, assumed: SaveSeconds) -> None:
+        self.slowest_step = 0.0
+        self._assumed, self._checkpoint, self._state = assumed, 0.0, 0.0
+        self._begun = time.monotonic()
+
+    @property
+    def save_seconds(self) -> float:
+        """A checkpoint and a state take as long as the slowest so far, or what was assumed before the first."""
+        return (self._checkpoint or self._assumed.checkpoint) + (self._state or self._assumed.state)
+
+    def begin_step(self) -> None:
+        """Begin to measure a step."""
+        self._begun = time.monotonic()
+
+    def end_step(self) -> None:
+        """End a step, before what it may save."""
+        self.slowest_step = max(self.slowest_step, time.monotonic() - self._begun)
+
+    @contextmanager
+    def writing_checkpoint(self) -> Iterator[None]:
+        """Measure the checkpoint that is written in the block."""
+        begun = time.monotonic()
+        yield
+        self._checkpoint = max(self._checkpoint, time.monotonic() - begun)
+
+    @contextmanager
+    def writing_state(self) -> Iterator[None]:
+        """Measure the state that is written in the block."""
+        begun = time.monotonic()
+        yield
+        self._state = max(self._state, time.monotonic() - begun)
+
+    def allows_another(self, seconds_left: float, saves: int) -> bool:
+        """Return, during a step, whether the next one can end and be saved in time as well.
+
+        What is left of this step and the next one are taken to be as slow as the slowest, this one so far included.
+
+        Args:
+            saves: how often something is saved until then, the last save included.
+        """
+        slowest = max(self.slowest_step, time.monotonic() - self._begun)
+        return seconds_left >= 2 * slowest + saves * self.save_seconds
