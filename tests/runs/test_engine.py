@@ -57,6 +57,9 @@ class Counting(Engine):
             assert {(id(component), name) for name, _ in component.named_parameters()} <= Counting.placed
         return self._called("prepare", model, make_optimizer)
 
+    def try_out(self, micro_batch, reserved):
+        return self._called("try_out", micro_batch, reserved)
+
     def forward_backward(self, micro_batch, weight, last):
         return self._called("forward_backward", micro_batch, weight, last)
 
@@ -115,9 +118,10 @@ def test_an_engine_from_outside_trains_and_resumes(run):
     own = load_file(run("own", Counting) / "epoch-0.safetensors")
     assert all(torch.equal(plain[name], own[name]) for name in plain)
     step = ["begin", "forward_backward", "sum_over_processes", "gradient_norm", "step"]
-    assert Counting.calls == ["prepare", *step, *step, "state"]
+    trial = ["try_out", "sum_over_processes"]
+    assert Counting.calls == ["prepare", *trial, *step, *step, "state"]
     run("own", Counting, resume="auto", max_steps=3)
-    assert Counting.calls[12:] == ["prepare", "restore", *step, "state"]
+    assert Counting.calls[14:] == ["prepare", "restore", *trial, *step, "state"]
 
 
 def test_an_observer_from_outside_sees_steps_saves_and_the_end(run):

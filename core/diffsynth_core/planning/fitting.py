@@ -10,12 +10,14 @@ from diffsynth_core.planning.fit_options import (
     memory_options,
     parameter_changes,
 )
-from diffsynth_core.planning.memory import DeviceMemory, device_memory, host_memory
+from diffsynth_core.planning.memory import DeviceMemory, device_memory, host_memory, training_memory
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
 
 TIGHT_BYTES = 2**30
 """A run that leaves less than this of the GPU for what is not counted may fail all the same."""
+LEAST_SAVED = 0.05
+"""Share of a step's memory below which a change is not worth naming alone."""
 TRIED_DEGREES = 4
 """Degrees of an option that are tried while a set that fits is sought; the least that is enough is found at the end."""
 
@@ -157,6 +159,18 @@ def find_fit(
 ) -> MemoryFit:
     """Find the changes with which a run fits; see `FitSearch`."""
     return FitSearch(plan, config, encoded, options).fit(limit, host_limit)
+
+
+def alternatives(plan: RunPlan, config: MemoryConfig) -> Iterator[Candidate]:
+    """Yield changes each of which alone lowers the memory of a step by a share worth it, in the order of what they
+    cost; `peak` is that of training.
+    """
+    enough = (1 - LEAST_SAVED) * training_memory(plan, config).total
+    for option in memory_options(plan, config):
+        changed = option.degrees[-1](config)
+        total = training_memory(plan, changed).total
+        if total <= enough:
+            yield Candidate(parameter_changes(plan, changed, config), total)
 
 
 def _lowering(options: Sequence[MemoryOption], excess: Excess) -> Iterator[Degrees]:

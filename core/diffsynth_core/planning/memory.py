@@ -186,6 +186,12 @@ def states_on_host(plan: RunPlan, config: MemoryConfig) -> list[tuple[int, ...]]
     return [shape for block in waiting_blocks(plan, config) for shape, _ in block]
 
 
+def state_on_device(plan: RunPlan, config: MemoryConfig) -> int:
+    """Bytes of the optimizer's state on the device."""
+    state = config.optimizer.state_bytes(trained_shapes(plan, config.rank))
+    return state - config.optimizer.state_bytes(states_on_host(plan, config))
+
+
 def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     """Memory of the largest micro-batch's step."""
     names = {
@@ -194,7 +200,6 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         *plan.training.components,
     } & plan.model.components.keys()
     adapters = lora_numbers(plan, config.rank)
-    state = config.optimizer.state_bytes(trained_shapes(plan, config.rank))
     activations, gradients = (
         step_activations(plan, config),
         trained_tensor_bytes(plan, config.rank, config.trained_dtype),
@@ -216,7 +221,7 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         weights=weights,
         adapters=adapters * BYTES["float32"],
         gradients=max(gradients, default=0) if config.fused_backward else sum(gradients),
-        optimizer=state - config.optimizer.state_bytes(states_on_host(plan, config)),
+        optimizer=state_on_device(plan, config),
         activations=kept - on_host + (0 if casts else block),
         autocast_weights=casts,
         on_host=on_host,

@@ -2,10 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from diffsynth_core.config.choices import ENCODER_DTYPES
+from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import Sample
@@ -50,14 +51,28 @@ def find_workload(plan: RunPlan) -> Workload:
     kinds = Counter(zip(states, (tuple(sizes.items()) for sizes in shown), strict=True))
     each = [_encoded(plan, text, dict(sizes)) * count for (text, sizes), count in kinds.items()]
     each.append(_encoded_empty_caption(plan, samples, shown))
-    members = Counter(sample.bucket for sample in samples)
-
-    def batch(sample: Sample) -> int:
-        return min(plan.parameters.batch_size, members[sample.bucket] * plan.parameters.dataset_repeat)
-
-    largest = max(samples, key=lambda sample: batch(sample) * sum(map(math.prod, sample.shape)))
-    sizes = replace(sizes_of_sample(plan, largest, max(states)), batch=batch(largest))
+    largest = largest_batch(plan, range(len(samples)))
+    sizes = replace(sizes_of_sample(plan, samples[largest[0].sample], max(states)), batch=len(largest))
     return Workload(sizes, sum(each, EncodedSize()), counted)
+
+
+def largest_batch(plan: RunPlan, among: Iterable[int]) -> list[SampleRef]:
+    """Return a micro-batch of most pixels that some samples may form, of those with the longest captions.
+
+    Args:
+        among: indices of samples, at least one.
+    """
+    params, samples = plan.parameters, plan.data.samples.samples
+    buckets: dict[Hashable, list[int]] = {}
+    for index in among:
+        buckets.setdefault(samples[index].bucket, []).append(index)
+
+    def batch(members: Sequence[int]) -> int:
+        return min(params.batch_size, len(members) * params.dataset_repeat)
+
+    largest = max(buckets.values(), key=lambda members: batch(members) * sum(map(math.prod, samples[members[0]].shape)))
+    ordered = sorted(largest, key=lambda index: max(map(len, samples[index].captions)), reverse=True)
+    return [SampleRef(ordered[place % len(ordered)], place // len(ordered)) for place in range(batch(largest))]
 
 
 def sizes_of_sample(plan: RunPlan, sample: Sample, text_states: int) -> StepSizes:

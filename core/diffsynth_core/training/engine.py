@@ -38,6 +38,20 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def try_out(self, micro_batch: MicroBatch, reserved: int) -> Tensor:
+        """Run a forward and a backward pass outside of steps, after which weights and gradients are as before.
+
+        Args:
+            reserved: bytes of the device that are taken meanwhile, in place of what the first step will add.
+
+        Returns:
+            The loss of each sample, `[B]` float32, detached.
+
+        Raises:
+            torch.OutOfMemoryError: if the device has not enough memory for them.
+        """
+
+    @abstractmethod
     def begin(self, rate: float, number: int) -> None:
         """Begin a step at this learning rate, before its passes.
 
@@ -118,6 +132,15 @@ class ReplicatedEngine(Engine):
         self._trained: dict[str, nn.Parameter] = model.trained()
         self._plain = make_optimizer(self._trained)
         self._module, self._optimizer = self._accelerator.prepare(model, self._plain)
+
+    def try_out(self, micro_batch: MicroBatch, reserved: int) -> Tensor:
+        taken = torch.empty(reserved, dtype=torch.uint8, device=self._accelerator.device)
+        with self._accelerator.no_sync(self._module):
+            losses: Tensor = self._module(micro_batch)
+            self._accelerator.backward(losses.sum())
+        del taken
+        self._plain.zero_grad(set_to_none=True)
+        return losses.detach()
 
     def begin(self, rate: float, number: int) -> None:
         for group in self._plain.param_groups:
@@ -202,8 +225,16 @@ class FusedEngine(ReplicatedEngine):
         # Mixed precision alone: accelerate would wrap the one process of a launcher in DDP, which keeps all gradients.
         self._module = self._accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         self._norms: dict[nn.Parameter, Tensor] = {}
+        self._in_trial = False
         for parameter in self._trained.values():
-            parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+
+    def try_out(self, micro_batch: MicroBatch, reserved: int) -> Tensor:
+        self._in_trial = True
+        losses = super().try_out(micro_batch, reserved)
+        self._in_trial = False
+        self._swap.release()
+        return losses
 
     def begin(self, rate: float, number: int) -> None:
         super().begin(rate, number)
@@ -215,14 +246,19 @@ class FusedEngine(ReplicatedEngine):
         self._accelerator.backward(losses.sum() * weight)
         return losses.detach()
 
-    def _update(self, parameter: Tensor) -> None:
+    def _take(self, parameter: Tensor) -> None:
         """Use the gradient of a parameter, which is complete: this hook is called once for each backward pass."""
-        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        assert isinstance(parameter, nn.Parameter)
+        if not self._in_trial:
+            self._update(parameter)
+        parameter.grad = None
+        self._swap.put_back(parameter)
+
+    def _update(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
         self._updating = True
         self._norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self._one_by_one.update(parameter)
-        parameter.grad = None
-        self._swap.put_back(parameter)
 
     def gradient_norm(self) -> Tensor:
         norms = [self._norms[parameter] for parameter in self._trained.values() if parameter in self._norms]

@@ -1,6 +1,6 @@
 """The micro-batches of one process in order, from any step on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffsynth_core.models.family import Encoded
 from diffsynth_core.planning.encodings_plan import EncoderPlan
 from diffsynth_core.planning.memory import KEPT_ENCODINGS
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.sizes import largest_batch
 from diffsynth_core.training.encode import load_columns
 from diffsynth_core.training.workers import iterate
 
@@ -64,9 +65,13 @@ class _MicroBatches(Dataset[MicroBatch]):
     def __getitem__(self, index: _BatchIndex) -> MicroBatch:
         refs = self._plan.data.steps.batches.batch(index.epoch, index.number)
         choices = [self._choice(index.epoch, ref) for ref in refs]
+        return self.load(index.epoch, refs, choices, index.counts)
+
+    def load(self, epoch: int, refs: Sequence[SampleRef], choices: Sequence[int], counts: bool) -> MicroBatch:
+        """Load samples, each with one of the texts that it may be trained with (`Sample.choices`)."""
         encoded = tuple(self._read(ref.sample, choice) for ref, choice in zip(refs, choices, strict=True))
         raw = tuple(self._load(ref.sample, choice) for ref, choice in zip(refs, choices, strict=True))
-        return MicroBatch(index.epoch, tuple(refs), encoded, raw, index.counts)
+        return MicroBatch(epoch, tuple(refs), encoded, raw, counts)
 
     def _choice(self, epoch: int, ref: SampleRef) -> int:
         """Which of its captions a sample is trained with, if with any."""
@@ -97,6 +102,19 @@ class _MicroBatches(Dataset[MicroBatch]):
             for part in self._plan.encodings.encoders
             if part.online
         }
+
+
+def load_largest_micro_batch(plan: RunPlan) -> MicroBatch:
+    """Load the largest micro-batch that the samples of the plan's steps may form, each with its longest caption.
+
+    Steps may never draw just these samples together, but none is larger.
+    """
+    samples = plan.data.samples.samples
+    needed = plan.data.steps.samples_needed(plan.output.start.first_step, len(samples))
+    refs = largest_batch(plan, needed)
+    captions = [samples[ref.sample].captions for ref in refs]
+    choices = [max(range(len(given)), key=lambda choice: len(given[choice])) for given in captions]
+    return _MicroBatches(plan).load(0, refs, choices, counts=True)
 
 
 def iterate_micro_batches(plan: RunPlan, process: int) -> Iterator[MicroBatch]:

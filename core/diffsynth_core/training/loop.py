@@ -46,6 +46,7 @@ from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
 from diffsynth_core.training.pace import Pace
 from diffsynth_core.training.schedules import learning_rate
+from diffsynth_core.training.trial import try_largest
 
 MakeEngine = Callable[[Accelerator, float | None], Engine]
 """Creates the engine of a run, which clips the gradient norm if there is a limit."""
@@ -205,6 +206,7 @@ class Run:
             self.samples_seen = plan.output.start.state.loop_state.samples_seen
         for warning in plan.output.start.warnings:
             reporter.warn(warning)
+        try_largest(plan, engine, accelerator.device)  # before the record: one that fails may be repeated with flags
         self.record = self._open_record()
         self.folder_id = folder_identity(self.folder)
 

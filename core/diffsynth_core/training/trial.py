@@ -1,0 +1,82 @@
+"""The trial before the first step: the largest micro-batch of a run, forward and backward.
+
+What does not fit in memory then fails at once, and not hours later, when the steps first draw that micro-batch.
+"""
+
+from itertools import islice
+
+import torch
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.planning.fitting import alternatives
+from diffsynth_core.planning.loading import free_device_memory
+from diffsynth_core.planning.memory import state_on_device, training_memory
+from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
+from diffsynth_core.progress import format_memory, pluralize
+from diffsynth_core.training.engine import Engine
+from diffsynth_core.training.loader import MicroBatch, load_largest_micro_batch
+
+FULL_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""In the RuntimeError of PyTorch's allocator of host memory (c10/core/impl/alloc_cpu.cpp)."""
+FIT = "or `--fit` with a `--gpu_memory` below what was not enough, which finds all that it takes"
+NAMED_CHANGES = 4
+NAMED_SAMPLES = 4
+
+
+def try_largest(plan: RunPlan, engine: Engine, device: torch.device) -> None:
+    """Try out the largest micro-batch of the plan's steps, if there are any. All processes call this together.
+
+    Args:
+        device: of this process.
+
+    Raises:
+        DiffSynthError: if any process has not enough memory for it.
+    """
+    if plan.output.start.first_step == plan.data.steps.total_steps:
+        return
+    micro_batch = load_largest_micro_batch(plan)
+    fits = True
+    try:
+        engine.try_out(micro_batch, _state_to_come(plan, micro_batch))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False  # outside of this block, so that the traceback no longer keeps the tensors of the passes
+    if engine.sum_over_processes(torch.tensor([0.0 if fits else 1.0], device=device)).item():
+        free_device_memory(device)
+        raise _does_not_fit(plan, micro_batch, device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is not enough memory on the device or the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or FULL_HOST_MEMORY in str(error)
+
+
+def _state_to_come(plan: RunPlan, micro_batch: MicroBatch) -> int:
+    """Return the bytes of optimizer state that the first step creates on the device, as far as they are known."""
+    if plan.output.start.state or plan.training.optimizer.is_class:
+        return 0
+    sample = plan.data.samples.samples[micro_batch.refs[0].sample]
+    return state_on_device(plan, memory_config(plan, sizes_of_sample(plan, sample, text_states=0)))
+
+
+def _does_not_fit(plan: RunPlan, micro_batch: MicroBatch, device: torch.device) -> DiffSynthError:
+    """Return the error that names the micro-batch, what was estimated for it, and what takes less."""
+    samples = [plan.data.samples.samples[ref.sample] for ref in micro_batch.refs]
+    frames, height, width = samples[0].target.shape
+    size = f"{width} x {height}" + (f" x {pluralize(frames, 'frame')}" if frames > 1 else "")
+    named = list(dict.fromkeys(sample.name for sample in samples))
+    names = ", ".join(named[:NAMED_SAMPLES]) + (", …" if named[NAMED_SAMPLES:] else "")
+    config = memory_config(plan, find_workload(plan).largest)
+    changes = [
+        f"`{' '.join(change.flag for change in found.changes)}` (then {format_memory(found.peak)})"
+        for found in islice(alternatives(plan, config), NAMED_CHANGES)
+    ]
+    return DiffSynthError(
+        f"`{device}` has not enough memory for the largest micro-batch, tried out before step "
+        f"{plan.output.start.first_step + 1}: {pluralize(len(samples), 'sample')} of {size}, {names}; "
+        f"a step was estimated at {format_memory(training_memory(plan, config).total)}",
+        f"pass {', '.join([*changes, FIT])}",
+    )
