@@ -1,4 +1,4 @@
-"""Updates in the backward pass, and a state in host memory, with what contradicts them: one report, before loading."""
+"""Updates and recomputation in the backward pass, a state in host memory, and what contradicts them: one report."""
 
 import pytest
 
@@ -12,6 +12,7 @@ CASES = [
     ((FUSED, "--optimizer", "prodigy", "--learning_rate", 1), names("fused_backward", "one tensor after the other", "prodigy"), names("remove", "--fused_backward", "adamw")),
     ((ON_HOST, "--optimizer", "prodigy", "--learning_rate", 1), names("enable_optimizer_cpu_offload", "one tensor after the other", "prodigy"), names("remove", ON_HOST, "adamw")),
     ((ON_HOST, "--optimizer", "torch.optim.NAdam"), names("enable_optimizer_cpu_offload", "torch.optim.NAdam"), names("adafactor")),
+    (("--no-use_gradient_checkpointing", "--checkpointing", "nested"), names("checkpointing", "nested", "no activations are recomputed"), names("--use_gradient_checkpointing", "remove")),
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsynth_core.config.resolve import resolve_stages
+from diffsynth_core.models.checkpointing import checkpoint_parts, parts_of
 from diffsynth_core.models.loading import build_empty
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.disk import disk_use
@@ -155,13 +156,13 @@ def measure(step: Step, plan: RunPlan) -> dict[str, int]:
     }
 
 
-def estimate(plan: RunPlan, step: Step) -> dict[str, int]:
+def estimate(plan: RunPlan, step: Step, **changes: object) -> dict[str, int]:
     """The same parts from sizes alone; of the texts only how many tokens they are."""
     micro_batch = step.micro_batch
     sample = plan.data.samples.samples[micro_batch.refs[0].sample]
     tokens = max(_text_states(encoded) for encoded in texts_of(step))
     sizes = replace(sizes_of_sample(plan, sample, 0), batch=len(micro_batch.encoded), text_tokens=tokens)
-    config = memory_config(plan, sizes)
+    config = replace(memory_config(plan, sizes), **changes)
     kept, recomputed = (training_memory(plan, replace(config, recompute=way)) for way in (False, True))
     return {
         "weights": sum(kept.weights.values()),
@@ -263,6 +264,47 @@ def test_the_estimate_of_a_second_half_is_what_a_step_on_encoded_samples_takes(n
     assert sum(told.training.weights.values()) == pytest.approx(measured["weights"], rel=WITHIN)
     for part in parts:
         assert getattr(told.training, part) == pytest.approx(measured[part], rel=WITHIN), part
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "precision"),
+    [
+        ("qwen-image", "lora", "no"),
+        ("wan", "full", "no"),
+        ("flux", "lora", "no"),
+        ("flux2", "full", "no"),
+        ("wan", "lora", "bf16"),
+    ],
+)
+def test_the_estimate_of_parts_that_are_recomputed_once_more_is_what_a_block_takes(name, kind, precision, folder):
+    given = {**SIZES["160 x 128"], "mixed_precision": precision, "use_gradient_checkpointing": False}
+    plan = plan_step(RECIPES[name].format(kind), folder, **given)
+    step = Step(plan)
+    estimated = estimate(plan, step, checkpointing="nested")["activations recomputed"]
+    whole = estimate(plan, step)["activations recomputed"]
+    block, found = largest_block_of_parts(step), measure(step, plan)["activations recomputed"]
+    kept, _ = measure_kept(step)  # with recomputed blocks
+    assert estimated == pytest.approx(kept.everything + block, rel=WITHIN)
+    assert estimated < whole == pytest.approx(found, rel=WITHIN)
+
+
+def largest_block_of_parts(step: Step) -> int:
+    """Bytes of the block that keeps most while its parts are recomputed one after the other: all but one of them keep
+    their inputs alone.
+    """
+    blocks = [block for name, block in step.model.named_modules() if BLOCK.fullmatch(name)]
+    names = {name for block in blocks for name, part in block.named_children() if part in parts_of(block)}
+    most = 0
+    for stored in sorted(names):
+        for block in blocks:
+            checkpoint_parts(block)
+            if stored in dict(block.named_children()):
+                vars(block.get_submodule(stored)).pop("forward")
+        most = max(most, measure_kept(step)[0].largest_block)
+        for block in blocks:
+            for part in parts_of(block):
+                vars(part).pop("forward", None)
+    return most
 
 
 CONTROLNETS = {

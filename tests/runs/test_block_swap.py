@@ -30,6 +30,11 @@ KINDS: dict[str, tuple[dict[str, object], ...]] = {
     "offloaded": ({"use_gradient_checkpointing_offload": True}, {"blocks_to_swap": 5}),
     "accumulated": ({"gradient_accumulation_steps": 2, "batch_size": 2}, {"blocks_to_swap": 4}),
     "float8": ({"fp8_models": [ENTRIES["dit"]], **ALONE}, {"blocks_to_swap": 4}),
+    "nested": (
+        {"checkpointing": "nested", "fp8_models": [ENTRIES["dit"]]},
+        {"blocks_to_swap": 4},
+        {"blocks_to_swap": 5, **IN_PARTS},
+    ),
     "nf4": ({"quant_options": f"{ENTRIES['dit']}:nf4"}, {"blocks_to_swap": 4, **IN_PARTS}),
     "int8": ({"quant_options": f"{ENTRIES['dit']}:int8", "mixed_precision": "bf16"}, {"blocks_to_swap": 5}),
     "bf16": ({"mixed_precision": "bf16"}, {"blocks_to_swap": 4, **IN_PARTS}),

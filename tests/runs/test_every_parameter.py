@@ -276,6 +276,23 @@ def test_checkpointing_computes_blocks_twice_to_the_same_end(run, monkeypatch, n
     assert without.metrics("loss") == given.metrics("loss")
 
 
+def test_nested_checkpointing_computes_parts_of_blocks_three_times(run, monkeypatch):
+    from diffusers.models.attention import FeedForward
+
+    from diffsynth_core.planning import host_memory
+
+    calls: list[int] = []
+    real = FeedForward.forward
+    monkeypatch.setattr(FeedForward, "forward", lambda self, states: calls.append(1) or real(self, states))
+    monkeypatch.setattr(host_memory, "host_problems", lambda plan: [])  # the estimate would call blocks too
+    whole = run(*SHORT)
+    once = len(calls) // 2
+    nested = run(*SHORT, "--checkpointing", "nested")
+    unused = 2  # of the last block the text: nothing asks for its gradient in either step
+    assert len(calls) == 5 * once - unused
+    assert whole.metrics("loss") == nested.metrics("loss")
+
+
 @pytest.mark.parametrize(("flags", "expected"), [((), "cuda"), (("--initialize_model_on_cpu",), "cpu")])
 def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypatch, flags, expected):
     """With a GPU as the device, in a run that ends before it needs one."""

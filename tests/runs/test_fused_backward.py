@@ -78,6 +78,14 @@ def test_every_way_to_update_computes_the_same_to_the_bit(run, kind, checkpointi
         check_equal(plain, run(name, **given, **way))
 
 
+def test_weights_of_parts_that_are_recomputed_once_more_are_updated_the_same(run):
+    """In memory, and while their blocks wait in host memory."""
+    given = {**KINDS["full"], "use_gradient_checkpointing": True}
+    plain, nested = run("plain", **given), {"checkpointing": "nested", **FUSED}
+    check_equal(plain, run("fused", **given, **nested))
+    check_equal(plain, run("swapped", **given, **nested, blocks_to_swap=2))
+
+
 BF16 = {"recipe": "qwen-image-full", "learning_rate": 1e-3, "mixed_precision": "bf16", "trained_dtype": "bf16"}
 
 

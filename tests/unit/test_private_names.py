@@ -19,6 +19,7 @@ USED = {
     (MEASURE, "_set_gradient_checkpointing"),
     ("core/diffsynth_core/models/attention.py", "_attention_backend"),
     ("core/diffsynth_core/models/autocast.py", "_pytree"),
+    ("core/diffsynth_core/models/checkpointing.py", "_pytree"),
     ("core/diffsynth_core/training/activations.py", "_base"),
     ("core/diffsynth_core/training/loop.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone

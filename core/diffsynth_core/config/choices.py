@@ -1,6 +1,7 @@
 """Names that several options and the code behind them share."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 LoraFormat = Literal["diffsynth", "diffusers", "comfyui", "kohya"]
@@ -28,3 +29,22 @@ TRAINING_TIMESTEPS = 1000
 """How many timesteps training draws from, in every family (`num_train_timesteps` of diffusers' schedulers)."""
 SWAP_BUFFERS = 2
 """Swapped blocks, or parts of them, that are on the device at a time: one that computes, and the next one."""
+
+Checkpointing = Literal["full", "nested"]
+"""Kinds of gradient checkpointing of the denoiser's blocks."""
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What the backward pass computes again of the denoiser's blocks.
+
+    Attributes:
+        parts: the parts of a block with layers of their own, such as attention and feed-forward, are computed a third
+            time: of a block that is recomputed only their inputs are kept, and then one part's activations at a time.
+    """
+
+    parts: bool = False
+
+
+RECOMPUTATIONS: Mapping[Checkpointing, Recomputation] = {"full": Recomputation(), "nested": Recomputation(parts=True)}
+"""What each kind of gradient checkpointing computes again."""

@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from diffsynth_core.config.choices import AttentionName, LoraFormat, MixedPrecision, TrainedDtype, WeightDtype
+from diffsynth_core.config.choices import (
+    AttentionName,
+    Checkpointing,
+    LoraFormat,
+    MixedPrecision,
+    TrainedDtype,
+    WeightDtype,
+)
 from diffsynth_core.config.durations import DURATION_WORDS, duration_seconds
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
 from diffsynth_core.config.optimizer_args import read_arguments
@@ -865,6 +872,14 @@ class Parameters(BaseModel):
         "bool",
         "Recompute activations, and offload the inputs of the recomputed blocks to host memory: even less GPU memory",
         changes="speed",
+    )
+    checkpointing: Checkpointing | None = _setting(
+        None,
+        "gradient",
+        "choice",
+        "What of the denoiser's blocks is recomputed, with `use_gradient_checkpointing`; full: each block, as a whole; nested: each block, and in it attention and feed-forward once more, so that of one block only one of these is in memory: less memory and more time; default: full",
+        changes="speed",
+        documented=False,
     )
     fused_backward: bool = _setting(
         False,

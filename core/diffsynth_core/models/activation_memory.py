@@ -7,7 +7,7 @@ to PyTorch). Of a list of blocks a few may be built; what the second of them add
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet, finalize
@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode  # no public module h
 from torch.utils._pytree import tree_leaves
 
 from diffsynth_core.adapters.tensors import place
+from diffsynth_core.config.choices import RECOMPUTATIONS, Recomputation
 from diffsynth_core.models.activation_cache import StepActivations
 from diffsynth_core.models.autocast import Autocast
+from diffsynth_core.models.checkpointing import blocks_of, parts_of
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.loading import swap_layers, tie
 from diffsynth_core.models.prepare import ComponentSetup, prepare_component
@@ -48,6 +50,11 @@ class MeasuredComponent:
     storage: str = "plain"
     blocks: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def recomputation(self) -> Recomputation:
+        """What is recomputed of its blocks, where they are."""
+        return RECOMPUTATIONS[self.setup.checkpointing or "full"]
+
 
 @dataclass(eq=False)
 class _Saved:
@@ -56,7 +63,15 @@ class _Saved:
     tensor: Tensor
     number: int
     block: "_Block | None"
+    part: "_Part | None"
     owner: Owner | None
+
+
+@dataclass(eq=False)
+class _Part:
+    """One call of a part of a block that is recomputed on its own."""
+
+    inputs: tuple[Tensor, ...]
 
 
 @dataclass(eq=False)
@@ -66,15 +81,19 @@ class _Block:
     inputs: tuple[Tensor, ...]
     owner: Owner | None
     autocast_bytes: int = 0
+    parts: list[_Part] = field(default_factory=list)
 
 
 class _Recorder:
     """Records what autograd keeps, by block; stands in for the checkpointing of blocks, without which all is kept."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], components: Mapping[str, MeasuredComponent]) -> None:
+    def __init__(
+        self, family: Family, modules: Mapping[str, nn.Module], components: Mapping[str, MeasuredComponent]
+    ) -> None:
         self._alive: WeakSet[_Saved] = WeakSet()
         self._number = 0
         self._block: _Block | None = None
+        self._part: _Part | None = None
         self._owner: Owner | None = None
         self.blocks: list[_Block] = []
         self.further: dict[str, int] = {}
@@ -85,6 +104,11 @@ class _Recorder:
                 for index, block in enumerate(built):
                     block.register_forward_pre_hook(partial(self._enter, (f"{name}.{blocks}", index)))
                     block.register_forward_hook(self._leave)
+            if component.recomputation.parts:
+                for block in blocks_of(modules[name], family.facts.component(name)):
+                    for part in parts_of(block):
+                        part.register_forward_pre_hook(self._enter_part, with_kwargs=True)
+                        part.register_forward_hook(self._leave_part)
 
     @property
     def saved(self) -> list[_Saved]:
@@ -116,9 +140,17 @@ class _Recorder:
     def _leave(self, *_: Any) -> None:
         self._owner = None
 
+    def _enter_part(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self._part = _Part(tuple(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)))
+        if self._block:
+            self._block.parts.append(self._part)
+
+    def _leave_part(self, *_: Any) -> None:
+        self._part = None
+
     def _save(self, tensor: Tensor) -> _Saved:
         self._number += 1
-        saved = _Saved(tensor, self._number, self._block, self._owner)
+        saved = _Saved(tensor, self._number, self._block, self._part, self._owner)
         self._alive.add(saved)
         return saved
 
@@ -157,7 +189,7 @@ def measure_step(
     """
     modules = {name: _build(family, name, component) for name, component in components.items()}
     mode = Autocast(device, autocast)
-    recorder = _Recorder(modules, components)
+    recorder = _Recorder(family, modules, components)
     for module in modules.values():
         _call_blocks_with(module, partial(recorder.call_block, mode))
     with recorder.hooks(), mode, torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -217,7 +249,9 @@ def _build(family: Family, name: str, component: MeasuredComponent) -> nn.Module
     module.eval().requires_grad_(False)
     facts = family.facts.component(name)
     swap_layers(facts, module, find_store(component.storage), component.dtype)
-    prepare_component(family, name, module, component.setup)
+    # The recorder stands in for what repeats parts of blocks, as for what repeats blocks.
+    whole = replace(component.setup, checkpointing="full" if component.setup.checkpointing else None)
+    prepare_component(family, name, module, whole)
     for weight, parameter in list(module.named_parameters()):
         in_files = weight.replace(".base_layer.", ".")
         wide = ".lora_" in weight or in_files in component.float32 or facts.stays_float32(in_files)
@@ -256,17 +290,29 @@ def _add_up(recorder: _Recorder, weights: set[int]) -> StepActivations:
     outside = [(one.tensor, one.owner) for one in saved if one.block is None]
     inputs = [(tensor, block.owner) for block in blocks for tensor in block.inputs]
     kept = weights | _storages([tensor for tensor, _ in (*outside, *inputs)]).keys()
-    in_blocks: dict[_Block, list[Tensor]] = defaultdict(list)
+    in_blocks: dict[_Block, list[_Saved]] = defaultdict(list)
     for one in saved:
         if one.block:
-            in_blocks[one.block].append(one.tensor)
+            in_blocks[one.block].append(one)
     return StepActivations(
         stored=_total(recorder, [(one.tensor, one.owner) for one in saved], weights),
         checkpointed=_total(recorder, [*outside, *inputs], weights),
-        largest_block=max((_bytes(tensors, kept) for tensors in in_blocks.values()), default=0),
+        largest_block=max((_recomputed(block, ones, kept) for block, ones in in_blocks.items()), default=0),
         block_inputs=max((_bytes(block.inputs, weights) for block in blocks), default=0),
         autocast_weights=sum(block.autocast_bytes * recorder.times(block.owner) for block in blocks),
     )
+
+
+def _recomputed(block: _Block, saved: Iterable[_Saved], apart: Collection[int]) -> int:
+    """Bytes of a block while it is recomputed: what it keeps, and of parts that are recomputed on their own what they
+    get, and what the one keeps that keeps most.
+    """
+    outside = [tensor for part in block.parts for tensor in part.inputs]
+    in_parts: dict[_Part, list[Tensor]] = defaultdict(list)
+    for one in saved:
+        (in_parts[one.part] if one.part else outside).append(one.tensor)
+    there = {*apart, *_storages(outside)}
+    return _bytes(outside, apart) + max((_bytes(tensors, there) for tensors in in_parts.values()), default=0)
 
 
 def _bytes(tensors: Sequence[Tensor], apart: Collection[int]) -> int:

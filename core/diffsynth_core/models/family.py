@@ -184,6 +184,8 @@ class Family(ABC):
     ) -> None:
         """Enable gradient checkpointing in a component, if its class supports it: diffusers' video VAEs do not.
 
+        Each block is recomputed as a whole.
+
         Args:
             function: of a denoiser: calls a block, (block, inputs) -> outputs, and repeats it in the backward pass;
                 None: that of torch.

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from diffsynth_core.adapters.lora import add_lora
-from diffsynth_core.config.choices import AttentionName
+from diffsynth_core.config.choices import RECOMPUTATIONS, AttentionName, Checkpointing
 from diffsynth_core.models.attention import set_attention
+from diffsynth_core.models.checkpointing import blocks_of, checkpoint_parts
 from diffsynth_core.models.family import Family
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
@@ -19,7 +20,7 @@ class ComponentSetup:
     `trained`: names of parameters that take gradients, without LoRA.
     `lora_modules`: public names of the modules that carry a LoRA of this `rank`, or of the rank of each.
     `public_keys`: public names -> names in the module. `seed`: of the LoRA's initial weights.
-    `checkpointing`: the backward pass recomputes activations (gradient checkpointing).
+    `checkpointing`: what of its blocks the backward pass recomputes (gradient checkpointing); None: nothing.
     `swapped`: linear layers whose weights wait in host memory, in the groups that are copied together.
     `attention`: the kernel of its attention.
     """
@@ -29,7 +30,7 @@ class ComponentSetup:
     public_keys: KeyMap = SAME_NAMES
     rank: int | Mapping[str, int] = 0
     seed: int = 0
-    checkpointing: bool = False
+    checkpointing: Checkpointing | None = None
     swapped: tuple[tuple[str, ...], ...] = ()
     attention: AttentionName = "auto"
 
@@ -53,3 +54,6 @@ def prepare_component(family: Family, component: str, module: nn.Module, setup: 
     set_attention(module, setup.attention)
     if setup.checkpointing:
         family.checkpoint_gradients(component, module)
+        if RECOMPUTATIONS[setup.checkpointing].parts:
+            for block in blocks_of(module, family.facts.component(component)):
+                checkpoint_parts(block)

@@ -17,6 +17,7 @@ from diffsynth_core.models.spec import EncoderFacts, is_below
 from diffsynth_core.planning.block_swap import units_of_blocks
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.recomputation import checkpointing_of, recomputes
 
 if TYPE_CHECKING:
     from diffsynth_core.models.activation_memory import MeasuredComponent
@@ -37,7 +38,8 @@ def component_setup(plan: RunPlan, name: str, parameters: Collection[str], rank:
     from diffsynth_core.models.prepare import ComponentSetup
 
     settings, layout = plan.parameters, plan.model.components[name].layout
-    blocks = settings.blocks_to_swap if name == plan.model.facts.denoiser else 0
+    is_denoiser = name == plan.model.facts.denoiser
+    blocks = settings.blocks_to_swap if is_denoiser else 0
     assert isinstance(blocks, int), "`auto` is resolved in planning"
     return ComponentSetup(
         trainable_weights(plan, name, parameters),
@@ -45,7 +47,7 @@ def component_setup(plan: RunPlan, name: str, parameters: Collection[str], rank:
         layout.public_keys,
         rank,
         settings.seed,
-        settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload,
+        (checkpointing_of(settings) if is_denoiser else "full") if recomputes(settings) else None,
         units_of_blocks(plan.model, plan.training, blocks, settings.cpu_offload_split_threshold),
         settings.attention,
     )
@@ -71,6 +73,7 @@ def step_activations(plan: RunPlan, config: MemoryConfig) -> StepActivations:
         "sizes": asdict(config.sizes),
         "precision": config.precision,
         "device": config.device,
+        "checkpointing": config.checkpointing,
     }
 
     def measure() -> StepActivations:
@@ -230,7 +233,7 @@ def _measured(plan: RunPlan, family: "Family", component: str, config: MemoryCon
     return MeasuredComponent(
         settings,
         frozen_dtype(config.precision),
-        replace(setup, checkpointing=True),
+        replace(setup, checkpointing=config.checkpointing if component == plan.model.facts.denoiser else "full"),
         config.training(plan).float32_weights(component, layout, shapes),
         config.storage[component],
         blocks,

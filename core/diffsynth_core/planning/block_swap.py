@@ -7,6 +7,7 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import Problem, report
 from diffsynth_core.models.block_swap import choose_blocks, frozen_blocks, swap_units
 from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.recomputation import recomputes
 from diffsynth_core.planning.remembered import remembered
 from diffsynth_core.planning.targets import Training
 from diffsynth_core.progress import pluralize
@@ -105,8 +106,7 @@ def _training_problems(name: str, parameters: Parameters, denoiser: str) -> Iter
     """Yield why blocks that train cannot wait in host memory."""
     needed = {
         "--fused_backward": parameters.fused_backward,
-        "--use_gradient_checkpointing": parameters.use_gradient_checkpointing
-        or parameters.use_gradient_checkpointing_offload,
+        "--use_gradient_checkpointing": recomputes(parameters),
     }
     if missing := [flag for flag, given in needed.items() if not given]:
         flags = " and ".join(f"`{flag}`" for flag in missing)

@@ -30,6 +30,7 @@ Cost = Literal["time", "precision", "quality", "scope"]
 FITTED = (
     "use_gradient_checkpointing",
     "use_gradient_checkpointing_offload",
+    "checkpointing",
     "fused_backward",
     "blocks_to_swap",
     "enable_optimizer_cpu_offload",
@@ -103,7 +104,7 @@ OTHER_OPTIMIZERS = (
 def memory_options(plan: RunPlan, config: MemoryConfig) -> list[MemoryOption]:
     """Return what may be done otherwise than a config says, in the order of what it costs."""
     options = [*_activation_options(config), *_update_options(plan, config), *_optimizer_options(plan)]
-    options += [*_storage_options(plan, config), *_scope_options(plan, config)]
+    options += [*_nested_options(config), *_storage_options(plan, config), *_scope_options(plan, config)]
     order = ("time", "precision", "quality", "scope")
     return sorted(options, key=lambda option: order.index(option.cost))
 
@@ -114,8 +115,19 @@ def _activation_options(config: MemoryConfig) -> Iterator[MemoryOption]:
         yield MemoryOption("time", ("use_gradient_checkpointing",), [recomputed])
     if not config.offload:
         waiting = partial(replace, recompute=True, offload=True)
-        besides = () if config.recompute else ("use_gradient_checkpointing",)  # which it implies
-        yield MemoryOption("time", ("use_gradient_checkpointing_offload", *besides), [waiting])
+        yield MemoryOption("time", ("use_gradient_checkpointing_offload", *_recomputation(config)), [waiting])
+
+
+def _nested_options(config: MemoryConfig) -> Iterator[MemoryOption]:
+    """Yield the recomputation of parts of recomputed blocks, which takes the most time of what costs nothing else."""
+    if config.checkpointing == "full":
+        nested = partial(replace, recompute=True, checkpointing="nested")
+        yield MemoryOption("time", ("checkpointing", *_recomputation(config)), [nested])
+
+
+def _recomputation(config: MemoryConfig) -> tuple[str, ...]:
+    """Return the parameter that an option includes which recomputes activations, if it is off."""
+    return () if config.recompute else ("use_gradient_checkpointing",)
 
 
 def _update_options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
@@ -241,6 +253,8 @@ def _changed_activations(plan: RunPlan, after: MemoryConfig, before: MemoryConfi
         yield ParameterChange(words, "use_gradient_checkpointing_offload", True)
     elif after.recompute and not before.recompute:
         yield ParameterChange("recomputed activations", "use_gradient_checkpointing", True)
+    if after.checkpointing != before.checkpointing:
+        yield ParameterChange("parts of blocks recomputed once more", "checkpointing", after.checkpointing)
 
 
 def _changed_updates(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from diffsynth_core.config.choices import TrainedDtype
+from diffsynth_core.config.choices import Checkpointing, TrainedDtype
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.plan import Machine, RunPlan
+from diffsynth_core.planning.recomputation import checkpointing_of, recomputes
 from diffsynth_core.planning.targets import Training
 
 
@@ -19,6 +20,7 @@ class MemoryConfig:
         device: cuda, which stands for all accelerators, or cpu.
         rank: of the LoRA.
         recompute, offload: of activations (gradient checkpointing), and whether the inputs of blocks wait on the host.
+        checkpointing: what is recomputed of the denoiser's blocks, if activations are.
         storage: component -> its weight store (models/weight_store.py).
         trained_dtype: of weights that train in full.
         fused_backward: each weight is updated as soon as its gradient is there, and the gradient freed.
@@ -34,6 +36,7 @@ class MemoryConfig:
     storage: Mapping[str, str]
     sizes: StepSizes
     optimizer: OptimizerChoice
+    checkpointing: Checkpointing = "full"
     trained_dtype: TrainedDtype = "float32"
     fused_backward: bool = False
     blocks_to_swap: int = 0
@@ -56,13 +59,13 @@ def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
     """What a plan says."""
     parameters = plan.parameters
     device, precision = device_and_precision(parameters, plan.machine)
-    offload = parameters.use_gradient_checkpointing_offload
     return MemoryConfig(
         device=device,
         precision=precision,
         rank=parameters.lora_rank,
-        recompute=parameters.use_gradient_checkpointing or offload,
-        offload=offload,
+        recompute=recomputes(parameters),
+        offload=parameters.use_gradient_checkpointing_offload,
+        checkpointing=checkpointing_of(parameters),
         storage={name: files.storage for name, files in plan.model.components.items()},
         sizes=sizes,
         optimizer=plan.training.optimizer,

@@ -27,6 +27,7 @@ from diffsynth_core.planning.optimizer_choice import (
     rate_warnings,
 )
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
+from diffsynth_core.planning.recomputation import recomputation_problems
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
 from diffsynth_core.planning.two_stage import check_precompute_output, find_encoded, known_origin
@@ -278,14 +279,16 @@ def _choose_optimizer(resolved: Resolved, parameters: Parameters) -> OptimizerCh
 
 
 def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str, world_size: int) -> None:
-    """Report why weights cannot be updated in the dtype, or at the time and place, that the parameters name."""
+    """Report why weights cannot be updated in the dtype, or at the time and place, that the parameters name, and why
+    activations cannot be recomputed.
+    """
     if not TASKS[parameters.task].trains:
         return
     # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
     for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
     for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
-    report(*update_problems(parameters, optimizer, mixed_precision, world_size))
+    report(*update_problems(parameters, optimizer, mixed_precision, world_size), *recomputation_problems(parameters))
 
 
 def _check_attention(parameters: Parameters, found: ModelPlan | None, device: str, mixed_precision: str) -> None:

@@ -152,7 +152,7 @@ class ToyFamily:
 def measure(built, blocks, batch=1):
     names = {f"blocks.{number}.layer.{name}" for number in range(built) for name in ("weight", "bias")}
     component = MeasuredComponent(
-        {"num_layers": built}, F32, ComponentSetup(frozenset(names), checkpointing=True), blocks=blocks
+        {"num_layers": built}, F32, ComponentSetup(frozenset(names), checkpointing="full"), blocks=blocks
     )
     target = SimpleNamespace(column="image")
     inputs = StepInputs(

@@ -1,0 +1,25 @@
+"""What the backward pass recomputes of activations, and what contradicts it. No torch."""
+
+from collections.abc import Iterator
+
+from diffsynth_core.config.choices import Checkpointing
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import Problem
+
+
+def recomputes(parameters: Parameters) -> bool:
+    """Return whether activations are recomputed: their offload includes that."""
+    return parameters.use_gradient_checkpointing or parameters.use_gradient_checkpointing_offload
+
+
+def checkpointing_of(parameters: Parameters) -> Checkpointing:
+    """Return what is recomputed of the denoiser's blocks, if anything is."""
+    return parameters.checkpointing or "full"
+
+
+def recomputation_problems(parameters: Parameters) -> Iterator[Problem]:
+    """Yield why activations cannot be recomputed as the parameters say."""
+    if parameters.checkpointing and not recomputes(parameters):
+        what = f"`checkpointing` is {parameters.checkpointing}, but no activations are recomputed"
+        hint = "pass `--use_gradient_checkpointing`, or remove `--checkpointing`"
+        yield Problem(what, hint, wrong_use=True)
