@@ -89,9 +89,15 @@ def counted(plan: RunPlan, sizes: StepSizes) -> float:
     return counter.get_total_flops()
 
 
+WAYS = {
+    True: {"use_gradient_checkpointing": True},
+    False: {"use_gradient_checkpointing": False},
+    "nested": {"use_gradient_checkpointing": True, "checkpointing": "nested"},
+}
 CASES = [
     (name, kind, checkpointing) for name in RECIPES for kind in ("lora", "full") for checkpointing in (True, False)
 ]
+CASES += [(name, "lora", "nested") for name in RECIPES]
 SHORT = {("qwen-image", "lora", True), ("flux", "full", False), ("flux2", "lora", True), ("wan", "lora", True)}
 
 
@@ -103,5 +109,5 @@ def test_the_formula_is_what_pytorch_counts(name, kind, checkpointing, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
     recipe, sizes = RECIPES[name]
-    plan = shortened(make(recipe.format(kind), tmp_path, use_gradient_checkpointing=checkpointing))
+    plan = shortened(make(recipe.format(kind), tmp_path, **WAYS[checkpointing]))
     assert step_flops(plan, sizes).total == pytest.approx(counted(plan, sizes), rel=WITHIN)

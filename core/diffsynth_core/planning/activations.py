@@ -17,7 +17,7 @@ from diffsynth_core.models.spec import EncoderFacts, is_below
 from diffsynth_core.planning.block_swap import units_of_blocks
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.recomputation import checkpointing_of, recomputes
+from diffsynth_core.planning.recomputation import checkpointing_of
 
 if TYPE_CHECKING:
     from diffsynth_core.models.activation_memory import MeasuredComponent
@@ -47,7 +47,7 @@ def component_setup(plan: RunPlan, name: str, parameters: Collection[str], rank:
         layout.public_keys,
         rank,
         settings.seed,
-        (checkpointing_of(settings) if is_denoiser else "full") if recomputes(settings) else None,
+        checkpointing_of(settings, is_denoiser),
         units_of_blocks(plan.model, plan.training, blocks, settings.cpu_offload_split_threshold),
         settings.attention,
     )

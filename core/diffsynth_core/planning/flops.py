@@ -6,7 +6,8 @@ Matrix products alone count, a multiplication and an addition each as one operat
   its weight if it trains; with a LoRA, A and B are two more such layers that train
 - an attention of Q to K tokens over all heads, H numbers wide together: 4 Q K H forward, 10 Q K H backward, where
   FlashAttention-2 computes the scores again (https://arxiv.org/abs/2307.08691, section 4.1 counts likewise)
-- gradient checkpointing: the forward pass of each block once more
+- gradient checkpointing: the forward pass of each block once more; where parts of blocks are recomputed on their own,
+  that of parts twice more, in full training a little less, because the last layer of a part is not needed again
 
 The backward pass reaches back to the first block with trained weights.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from diffsynth_core.config.choices import RECOMPUTATIONS, Recomputation
 from diffsynth_core.models.block_swap import block_of
 from diffsynth_core.models.forward_work import Tokens
 from diffsynth_core.models.shapes import count_blocks
@@ -23,6 +25,7 @@ from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import ComponentFacts, Shapes, modules_with_weights
 from diffsynth_core.planning.activations import step_components, trainable_weights
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.recomputation import checkpointing_of
 
 BACKWARD_OF_ATTENTION = 2.5
 """Of its forward pass: five matrix products instead of two."""
@@ -57,12 +60,14 @@ class _Products:
     Attributes:
         inputs: for the gradients of what it reads.
         weights: for the gradients of what trains of it.
+        in_part: whether it is in a part of the block that has layers of its own.
     """
 
     block: str | None
     forward: float
     inputs: float
     weights: float = 0
+    in_part: bool = False
 
 
 def step_flops(plan: RunPlan, sizes: StepSizes) -> StepFlops | None:
@@ -93,13 +98,20 @@ def _products(plan: RunPlan, component: str, facts: ComponentFacts, tokens: Toke
         base = 2 * math.prod(weight) * read
         lora = 2 * ranks.get(layer, 0) * (math.prod(weight[1:]) + weight[0]) * read
         changing = lora + (base if f"{layer}.weight" in trained else 0)
-        yield _Products(block_of(layer, facts), base + lora, base + lora, changing)
+        block = block_of(layer, facts)
+        yield _Products(block, base + lora, base + lora, changing, _is_in_part(layer, block))
     for attention in facts.work.attentions:
         for layer in modules_with_weights(shapes):
             if fnmatchcase(layer, attention.layer):
                 width = shapes[f"{layer}.weight"][0]
                 forward = 4 * tokens[attention.queries] * tokens[attention.keys] * width
-                yield _Products(block_of(layer, facts), forward, BACKWARD_OF_ATTENTION * forward)
+                block = block_of(layer, facts)
+                inputs = BACKWARD_OF_ATTENTION * forward
+                yield _Products(block, forward, inputs, in_part=_is_in_part(layer, block))
+
+
+def _is_in_part(layer: str, block: str | None) -> bool:
+    return block is not None and "." in layer.removeprefix(f"{block}.")
 
 
 def _passes(plan: RunPlan, component: str, facts: ComponentFacts, products: list[_Products]) -> StepFlops:
@@ -113,13 +125,17 @@ def _passes(plan: RunPlan, component: str, facts: ComponentFacts, products: list
         changing.append(None)  # a ControlNet adds its outputs from the first block on
     first = min((order.get(block, 0) for block in changing), default=len(order))
     reached = [product for product in products if product.block and order[product.block] >= first]
-    settings = plan.parameters
-    recompute = settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload
+    kind = checkpointing_of(plan.parameters, component == plan.model.facts.denoiser)
     return StepFlops(
         sum(product.forward for product in products),
         sum(product.inputs for product in reached) + sum(product.weights for product in products),
-        sum(product.forward for product in reached) if recompute else 0,
+        sum(_repetitions(product, RECOMPUTATIONS[kind]) * product.forward for product in reached) if kind else 0,
     )
+
+
+def _repetitions(product: _Products, recomputation: Recomputation) -> int:
+    """Return how often the backward pass repeats a product of a block that it reaches."""
+    return 2 if recomputation.parts and product.in_part else 1
 
 
 def _block_order(facts: ComponentFacts, shapes: Shapes) -> Mapping[str | None, int]:

@@ -8,7 +8,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.plan import Machine, RunPlan
-from diffsynth_core.planning.recomputation import checkpointing_of, recomputes
+from diffsynth_core.planning.recomputation import recomputes
 from diffsynth_core.planning.targets import Training
 
 
@@ -65,7 +65,7 @@ def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
         rank=parameters.lora_rank,
         recompute=recomputes(parameters),
         offload=parameters.use_gradient_checkpointing_offload,
-        checkpointing=checkpointing_of(parameters),
+        checkpointing=parameters.checkpointing or "full",
         storage={name: files.storage for name, files in plan.model.components.items()},
         sizes=sizes,
         optimizer=plan.training.optimizer,

@@ -12,9 +12,11 @@ def recomputes(parameters: Parameters) -> bool:
     return parameters.use_gradient_checkpointing or parameters.use_gradient_checkpointing_offload
 
 
-def checkpointing_of(parameters: Parameters) -> Checkpointing:
-    """Return what is recomputed of the denoiser's blocks, if anything is."""
-    return parameters.checkpointing or "full"
+def checkpointing_of(parameters: Parameters, is_denoiser: bool) -> Checkpointing | None:
+    """Return what is recomputed of a component's blocks: all, unless it is the denoiser; None: nothing."""
+    if not recomputes(parameters):
+        return None
+    return (parameters.checkpointing if is_denoiser else None) or "full"
 
 
 def recomputation_problems(parameters: Parameters) -> Iterator[Problem]:
