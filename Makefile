@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000
 KEYHOLE := build/keyhole-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train tiny-model check test-fast test test-all bench docs clean
+.PHONY: train tiny-model check test-fast test test-all bench bench-gpu docs clean
 
 train: $(VENV)/.installed  ## install, then teach the tiny model a word on the CPU; ends with a sheet of what it draws
 	@echo "Teaching a tiny model a word that it has never seen, from twelve images; about a minute on a CPU"
@@ -44,6 +44,9 @@ test-all: $(VENV)/.installed-test  ## all tests, the long ones too
 
 bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine
 	$(BIN)/python -m pytest tests/bench --measure -s
+
+bench-gpu: $(VENV)/.installed-test  ## steps per second and memory on the first CUDA device, into docs/benchmarks.md; goes on where it stopped
+	$(BIN)/python -m tests.gpu.bench $(ARGUMENTS)
 
 docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schema and the images of the README
 	$(BIN)/python -m diffsynth_core.config.documents docs

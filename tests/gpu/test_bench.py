@@ -1,0 +1,91 @@
+"""The benchmark of GPUs runs at rehearsal size on a CPU, goes on after it was killed, and plans published sizes."""
+
+import json
+
+import pytest
+
+from diffsynth_core.models.loading import shape_problems
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.planning.activations import step_components
+from diffsynth_core.planning.flops import step_flops
+from diffsynth_core.planning.sizes import find_workload
+from tests.gpu import bench
+from tests.gpu.measure import Outcome, make, measure
+from tests.gpu.page import PAGE, device_peak, page
+from tests.gpu.rows import ROWS
+
+SHORT = {
+    "same losses: 15 of 30 blocks swapped",
+    "same losses: fused backward pass",
+    "Qwen-Image LoRA, nf4",
+    "Qwen-Image LoRA, fp8",
+    "FLUX.1 LoRA, bf16",
+}
+PLANNED = ("Qwen-Image LoRA, bf16, 45 blocks swapped", "FLUX.1 LoRA, nf4", "Wan 14B LoRA, 480 x 832 x 81, fp8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny weights are made once for all."""
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.name, marks=() if row.name in SHORT else pytest.mark.long) for row in ROWS]
+)
+def test_every_row_runs_on_tiny_models(row, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = measure(row, "rehearsal", folder)
+    assert found.seconds > 0
+    assert found.flops > 0
+    assert found.difference is None if row.tolerance is None else found.difference <= row.tolerance
+    assert row.name in page([found])
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_row_of_published_size_is_planned_from_headers(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = next(row for row in ROWS if row.name == name)
+    plan = make(row, "real", tmp_path, "cuda")
+    files = plan.model.components["dit"]
+    assert step_components(plan) == {"dit"}
+    assert shape_problems(load_family(plan.model.facts.name), files) == []
+    assert sum(path.stat().st_blocks for path in files.paths) * 512 < 10**6  # a hole, not 40 GB on the disk
+    assert step_flops(plan, find_workload(plan).largest).total > 2e14
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """It was killed while it wrote the second line; the first row is not measured again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    first, second = ROWS[3].name, ROWS[4].name
+    told = json.dumps(vars(Outcome(first, "rehearsal", "a device", "2.0", seconds=0.5)))
+    results = tmp_path / "work" / "rehearsal.jsonl"
+    results.write_text(f"{told}\n{told[:20]}")
+    arguments = ["--size", "rehearsal", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "page.md")]
+    assert bench.main([*arguments, "--minutes", "0", "--only", first, second]) == 0
+    assert not (tmp_path / "page.md").exists()
+    assert bench.main([*arguments, "--only", first, second]) == 0
+    assert [found["row"] for found in bench.read_lines(results)] == [first, second]
+    assert bench.read_lines(results)[1]["fault"] == ""
+    written = (tmp_path / "page.md").read_text()
+    assert f"| {first} | 2 |" in written
+    assert f"| {second} | " in written
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_or_takes_too_long_is_told(tmp_path):
+    assert bench.measured("no such row", "rehearsal", tmp_path, 300)["fault"]
+    assert bench.measured(ROWS[3].name, "rehearsal", tmp_path, 0.1) is None
+
+
+def test_the_page_of_the_repository_is_the_one_without_figures():
+    assert PAGE.read_text(encoding="utf-8") == page(())
+
+
+def test_the_peak_of_a_device_is_found_by_its_name():
+    assert device_peak("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert device_peak("NVIDIA H100 PCIe") == 756e12
+    assert device_peak("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert device_peak("another") is None
