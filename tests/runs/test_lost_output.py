@@ -117,5 +117,6 @@ def test_a_signal_is_no_error(start, tmp_path, says, number, workers):
     assert (code, status, saved) == (128 + number, "interrupted", True)
     assert f"Interrupted after step {step} of {STEPS}; " in run.stderr() and "error: " not in run.stderr()
     if workers:  # it is the same without
-        says("\n".join(run.stderr().splitlines()[-4:]), r"step.\d+", r"\d+ of", r"\S+ [kM]B", "loss .*")
+        patterns = (r"step.\d+", r"\d+ of", r"\S+ [kM]B", "loss .*", "taken .*")
+        says("\n".join(run.stderr().splitlines()[-5:]), *patterns)
     assert log_of(tmp_path).splitlines()[-1].endswith(run.stderr().splitlines()[-1])

@@ -73,6 +73,8 @@ class RunRecord:
     failure: str | None = None
     diverged_step: int | None = None
     """The step whose loss or gradient was not finite, if that ended the run."""
+    seconds: float = 0
+    """Of all commands of the run so far, encoding included, to the latest saved state or the end."""
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     updated: str = ""
     versions: dict[str, str] = field(default_factory=lambda: package_versions())

@@ -397,6 +397,16 @@ class Parameters(BaseModel):
         in_recipes=False,
         rehearsal="own",
     )
+    price_per_hour: Number | None = _setting(
+        None,
+        "run",
+        "float",
+        "Price per hour of all that the run is on, in any currency: the run says what it will cost once its speed is known, and what it has cost",
+        changes="nothing",
+        documented=False,
+        gt=0,
+        le=MAX_RATE,
+    )
     gpu_memory: MemorySize | None = _setting(
         None,
         "run",

@@ -71,8 +71,17 @@ def assumed_save_seconds(plan: RunPlan) -> SaveSeconds:
 def most_states(plan: RunPlan, keep: int) -> int:
     """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed."""
     total = plan.data.steps.total_steps
-    every = plan.parameters.save_state_steps or plan.parameters.save_steps or plan.data.steps.steps_per_epoch
-    return min(keep + 1, -(-total // every)) if total else keep + 1
+    return min(keep + 1, -(-total // state_interval(plan))) if total else keep + 1
+
+
+def save_interval(plan: RunPlan) -> int:
+    """Steps from one checkpoint to the next."""
+    return plan.parameters.save_steps or plan.data.steps.steps_per_epoch
+
+
+def state_interval(plan: RunPlan) -> int:
+    """Steps from one state to the next."""
+    return plan.parameters.save_state_steps or save_interval(plan)
 
 
 def checkpoint_bytes(plan: RunPlan) -> int:
@@ -116,5 +125,5 @@ def download_bytes(plan: Planned) -> int:
 
 def count_checkpoints(plan: RunPlan) -> int:
     """How many a run writes: every `save_steps`, or at the end of each epoch, and the last."""
-    total, every = plan.data.steps.total_steps, plan.parameters.save_steps or plan.data.steps.steps_per_epoch
-    return -(-total // every) if total else 0
+    total = plan.data.steps.total_steps
+    return -(-total // save_interval(plan)) if total else 0

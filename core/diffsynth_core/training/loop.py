@@ -41,6 +41,7 @@ from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.checkpointing import write_checkpoint
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.engine import Engine, FusedEngine, ReplicatedEngine
+from diffsynth_core.training.forecast import ForecastObserver, time_in_words
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
@@ -92,10 +93,11 @@ def train(
         Interrupted: if a signal requested a stop; the state has been saved.
         OutOfTime: if the time that `stop` allows is over; the state has been saved.
     """
+    pace = Pace(assumed_save_seconds(plan))
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
     with claim_folder(plan.parameters.output_path) if accelerator.is_main_process else nullcontext():
-        run = _open_run(plan, accelerator, reporter, stop, make_engine, observers)
+        run = _open_run(plan, accelerator, reporter, stop, make_engine, observers, pace)
         return run.execute(stop, stop_after)
 
 
@@ -106,6 +108,7 @@ def _open_run(
     stop: StopRequest,
     make_engine: MakeEngine | None,
     observers: Sequence[Observer],
+    pace: Pace,
 ) -> "Run":
     """Fill the cache, load what a step needs, and continue from the plan's state."""
     if plan.parameters.resume is None and read_record(plan.parameters.output_path):
@@ -121,7 +124,7 @@ def _open_run(
     engine = make_engine(accelerator, plan.parameters.max_grad_norm)
     model = build_training_module(plan, family, accelerator.device, reporter, engine.place)
     stop.raise_if_set()
-    return Run(plan, model, accelerator, reporter, engine, observers)
+    return Run(plan, model, accelerator, reporter, engine, observers, pace)
 
 
 def make_accelerator(plan: RunPlan) -> Accelerator:
@@ -190,6 +193,7 @@ class Run:
         reporter: Reporter,
         engine: Engine,
         observers: Sequence[Observer],
+        pace: Pace,
     ) -> None:
         self.plan, self.accelerator, self.reporter = plan, accelerator, reporter
         self.folder = plan.parameters.output_path
@@ -200,7 +204,7 @@ class Run:
         """Step of the current weights, and of the latest state on disk."""
         self.samples_seen = 0
         self.skipped_in_a_row = 0
-        self.pace = Pace(assumed_save_seconds(plan))
+        self.pace = pace
         if plan.output.start.state:
             self.engine.restore(plan.output.start.state)
             self.samples_seen = plan.output.start.state.loop_state.samples_seen
@@ -208,12 +212,16 @@ class Run:
             reporter.warn(warning)
         try_largest(plan, engine, accelerator.device)  # before the record: one that fails may be repeated with flags
         self.record = self._open_record()
+        self.seconds_before = self.record.seconds
         self.folder_id = folder_identity(self.folder)
 
     def execute(self, stop: StopRequest, stop_after: int | None) -> RunResult:
         """Train from the plan's first step to the last; every exit leaves a record of how the run ended."""
         if self.accelerator.is_main_process:
-            self.observers.append(MetricsObserver(self.folder, self.plan.output.start.first_step, self.reporter.warn))
+            self.observers += [
+                MetricsObserver(self.folder, self.plan.output.start.first_step, self.reporter.warn),
+                ForecastObserver(self.plan, self.pace, stop, self.reporter, self.seconds_before),
+            ]
         try:
             self._loop(stop, stop_after)
             self._check_folder()
@@ -403,6 +411,7 @@ class Run:
                 save_state(self.folder, loop_state, tensors, self.plan.parameters.keep_states)
         # Only after the state is on disk: a kill in between must not leave a record of a step that is not saved.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
+        self.record.seconds = self.seconds_before + self.pace.elapsed
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
         if together:
@@ -468,5 +477,8 @@ class Run:
 
     def _finish(self, status: str, failure: str | None = None) -> None:
         self.record.status, self.record.failure = status, failure
+        self.record.seconds = self.seconds_before + self.pace.elapsed
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
+        if failure is None:  # after a failure, the last message is what was saved
+            self.reporter.info(f"The run has taken {time_in_words(self.plan, self.record.seconds)}")

@@ -17,12 +17,27 @@ class Pace:
     def __init__(self, assumed: SaveSeconds) -> None:
         self.slowest_step = 0.0
         self._assumed, self._checkpoint, self._state = assumed, 0.0, 0.0
-        self._begun = time.monotonic()
+        self._started = self._begun = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the command began to train or to encode for it."""
+        return time.monotonic() - self._started
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """A checkpoint takes as long as the slowest so far, or what was assumed before the first."""
+        return self._checkpoint or self._assumed.checkpoint
+
+    @property
+    def state_seconds(self) -> float:
+        """A state takes as long as the slowest so far, or what was assumed before the first."""
+        return self._state or self._assumed.state
 
     @property
     def save_seconds(self) -> float:
-        """A checkpoint and a state take as long as the slowest so far, or what was assumed before the first."""
-        return (self._checkpoint or self._assumed.checkpoint) + (self._state or self._assumed.state)
+        """How long a checkpoint and a state take."""
+        return self.checkpoint_seconds + self.state_seconds
 
     def begin_step(self) -> None:
         """Begin to measure a step."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,6 +30,7 @@ from diffsynth_core.planning.two_stage import encoding_components, known_origin
 from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.forecast import time_in_words
 from diffsynth_core.training.loop import make_accelerator
 
 
@@ -39,10 +41,13 @@ def precompute(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> EncodedS
         DiffSynthError: if the folder contains other samples, or a sample cannot be encoded.
         Interrupted: if a stop is requested; the same command resumes.
     """
+    started = time.monotonic()
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
     with claim_folder(plan.parameters.output_path) if accelerator.is_main_process else nullcontext():
-        return _precompute(plan, accelerator, reporter, stop)
+        encoded = _precompute(plan, accelerator, reporter, stop)
+    reporter.info(f"Encoding has taken {time_in_words(plan, time.monotonic() - started)}")
+    return encoded
 
 
 def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> EncodedSamples:

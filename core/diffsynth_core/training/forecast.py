@@ -1,0 +1,64 @@
+"""When a run ends and what it costs, told once its speed is known."""
+
+from datetime import datetime, timedelta
+
+from diffsynth_core.planning.disk import count_checkpoints, save_interval, state_interval
+from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.progress import Reporter, format_duration
+from diffsynth_core.stop import StopRequest
+from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.pace import Pace
+
+MEASURED_STEPS = 3
+"""Steps whose mean duration is taken for that of all; the first of a process, which warms up, is not one of them."""
+
+
+class ForecastObserver(Observer):
+    """Says once when the run ends, and what it costs if the price of an hour is known."""
+
+    def __init__(
+        self, plan: RunPlan, pace: Pace, stop: StopRequest, reporter: Reporter, seconds_before: float = 0
+    ) -> None:
+        """`seconds_before`: of earlier commands, which a resumed run has cost as well."""
+        self._plan, self._pace, self._stop, self._reporter = plan, pace, stop, reporter
+        self._seconds_before = seconds_before
+        self._seconds: list[float] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self._seconds.append(report.seconds)
+        if len(self._seconds) == 1 + MEASURED_STEPS and report.step < self._plan.data.steps.total_steps:
+            self._reporter.info(self._forecast(report.step, sum(self._seconds[1:]) / MEASURED_STEPS))
+
+    def _forecast(self, done: int, step_seconds: float) -> str:
+        """When the run ends, at so many seconds a step and with the saves that are still due."""
+        left = seconds_left(self._plan, self._pace, done, step_seconds)
+        end = datetime.now().astimezone() + timedelta(seconds=left)
+        costs = cost_in_words(self._plan, self._seconds_before + self._pace.elapsed + left)
+        costs = f"; the whole run costs about {costs}" if costs else ""
+        forecast = f"The run ends about {end:%Y-%m-%d %H:%M}, in {format_duration(left)}, at {step_seconds:.3g} s a step{costs}"
+        if left <= self._stop.seconds_left:
+            return forecast
+        return (
+            f"{forecast}; `--max_time` stops it in {format_duration(max(0.0, self._stop.seconds_left))} at the latest"
+        )
+
+
+def seconds_left(plan: RunPlan, pace: Pace, done: int, step_seconds: float) -> float:
+    """Seconds from the end of step `done` to the end of the run."""
+    total = plan.data.steps.total_steps
+    checkpoints = count_checkpoints(plan) - done // save_interval(plan)
+    states = -(-total // state_interval(plan)) - done // state_interval(plan)
+    saving = checkpoints * pace.checkpoint_seconds + states * pace.state_seconds
+    return (total - done) * step_seconds + saving
+
+
+def cost_in_words(plan: RunPlan, seconds: float) -> str:
+    """What so much time costs, in the currency of `price_per_hour`; empty without it."""
+    price = plan.parameters.price_per_hour
+    return "" if price is None else f"{price * seconds / 3600:.2f}"
+
+
+def time_in_words(plan: RunPlan, seconds: float) -> str:
+    """How long something took, and what it cost if the price of an hour is known."""
+    cost = cost_in_words(plan, seconds)
+    return f"{format_duration(seconds)}{f' and cost {cost}' if cost else ''}"
