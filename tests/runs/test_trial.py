@@ -1,6 +1,7 @@
 """The trial before the first step: it changes nothing, and what does not fit in memory is told at once."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.planning.plan import make_plan
@@ -19,6 +21,9 @@ from diffsynth_core.training.engine import ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.training.trial import is_out_of_memory
+from tests.shapes.datasets import scene_rows, write_dataset
+from tests.shapes.scenes import draw_scenes
+from tests.shapes.untrained import FILES, MODEL_ID
 
 SWAPPED = {"use_gradient_checkpointing": True, "fused_backward": True, "blocks_to_swap": 1}
 KINDS = {
@@ -26,6 +31,7 @@ KINDS = {
     "full, fused, swapped": {"recipe": "qwen-image-full", **SWAPPED},
 }
 LAST = 3
+SHAPES = Path(__file__).parents[2] / "recipes/models" / MODEL_ID
 
 
 @pytest.fixture
@@ -162,3 +168,35 @@ def test_other_errors_are_not_taken_for_full_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+class _Warnings(SilentReporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["as trained", "shuffled"])
+def test_a_model_that_predicts_no_better_than_zero_is_told(tmp_path, shuffled):
+    """The model that draws shapes, and the same with the numbers of each weight shuffled; no longer when it resumes."""
+    base, scenes = tmp_path / "models", tmp_path / "scenes"
+    shutil.copytree(SHAPES, base / "mine/shapes")
+    if shuffled:
+        file, generator = base / "mine/shapes" / FILES["dit"], torch.Generator().manual_seed(0)
+        weights = load_file(file)
+        save_file({name: _shuffle(weight, generator) for name, weight in weights.items()}, file)
+    write_dataset(scenes, scene_rows(draw_scenes(8, seed=0)))
+    given = {"recipe": "shapes-lora", "dataset_base_path": str(scenes), "device": "cpu", "dataset_num_workers": 0,
+             "model_id_with_origin_paths": [f"mine/shapes:{file}" for file in FILES.values()],
+             "batch_size": 8, "output_path": str(tmp_path / "out")}  # fmt: skip
+    reporter = _Warnings()
+    for more in ({"max_steps": 1}, {"max_steps": 2, "resume": "auto"}):
+        loop.train(make_plan(resolve(given | more), SilentReporter(), base=base), reporter, StopRequest())
+    told = [warning for warning in reporter.warnings if "of predicting zero" in warning]
+    assert len(told) == shuffled
+
+
+def _shuffle(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view(weight.shape)

@@ -210,7 +210,8 @@ class Run:
             self.samples_seen = plan.output.start.state.loop_state.samples_seen
         for warning in plan.output.start.warnings:
             reporter.warn(warning)
-        try_largest(plan, engine, accelerator.device)  # before the record: one that fails may be repeated with flags
+        # Before the record: a run that does not fit leaves nothing behind, and may be given again with flags.
+        try_largest(plan, model, engine, accelerator.device, reporter)
         self.record = self._open_record()
         self.seconds_before = self.record.seconds
         self.folder_id = folder_identity(self.folder)

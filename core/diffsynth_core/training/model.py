@@ -58,18 +58,25 @@ class TrainingModule(nn.Module):
             with OffloadActivations() if settings.use_gradient_checkpointing_offload else nullcontext():
                 return self._family.predict_velocity(self._known(), noisy, sigma, batch)
 
-        draws = [
-            SampleDraw(
-                settings.seed,
-                micro_batch.epoch,
-                ref.sample,
-                ref.repeat,
-                self._samples[ref.sample].sampling,
-            )
+        losses: Tensor = self.objective(predict, batch, self._draws(micro_batch))
+        return losses
+
+    @torch.no_grad()
+    def losses_of_zero(self, micro_batch: MicroBatch) -> Tensor | None:
+        """The loss of each sample if each predicted velocity were zero, `[B]` float32; None if an encoder trains."""
+        if self._online:
+            return None
+        losses: Tensor = self.objective(
+            lambda noisy, sigma: torch.zeros_like(noisy), self._encode(micro_batch), self._draws(micro_batch)
+        )
+        return losses
+
+    def _draws(self, micro_batch: MicroBatch) -> list[SampleDraw]:
+        seed, epoch = self._parameters_of_run.seed, micro_batch.epoch
+        return [
+            SampleDraw(seed, epoch, ref.sample, ref.repeat, self._samples[ref.sample].sampling)
             for ref in micro_batch.refs
         ]
-        losses: Tensor = self.objective(predict, batch, draws)
-        return losses
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by `<component>.<name>`."""

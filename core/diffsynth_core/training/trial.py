@@ -1,34 +1,40 @@
 """The trial before the first step: the largest micro-batch of a run, forward and backward.
 
-What does not fit in memory then fails at once, and not hours later, when the steps first draw that micro-batch.
+What does not fit in memory then fails at once, and not hours later, when the steps first draw that micro-batch; and a
+model that predicts no better than zero is told before it is trained.
 """
 
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.planning.fitting import alternatives
 from diffsynth_core.planning.loading import free_device_memory
-from diffsynth_core.planning.memory import state_on_device, training_memory
+from diffsynth_core.planning.memory import count_parameters, state_on_device, training_memory
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
-from diffsynth_core.progress import format_memory, pluralize
+from diffsynth_core.progress import Reporter, format_memory, pluralize
 from diffsynth_core.training.engine import Engine
 from diffsynth_core.training.loader import MicroBatch, load_largest_micro_batch
+from diffsynth_core.training.model import TrainingModule
 
 FULL_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """In the RuntimeError of PyTorch's allocator of host memory (c10/core/impl/alloc_cpu.cpp)."""
 FIT = "or `--fit` with a `--gpu_memory` below what was not enough, which finds all that it takes"
+LEAST_TRAINED = 10**6
+"""Parameters of a denoiser; a smaller one, to try out how a run works, is not expected to draw anything."""
 NAMED_CHANGES = 4
 NAMED_SAMPLES = 4
 
 
-def try_largest(plan: RunPlan, engine: Engine, device: torch.device) -> None:
+def try_largest(plan: RunPlan, model: TrainingModule, engine: Engine, device: torch.device, reporter: Reporter) -> None:
     """Try out the largest micro-batch of the plan's steps, if there are any. All processes call this together.
 
     Args:
+        model: the module that the engine trains.
         device: of this process.
 
     Raises:
@@ -37,16 +43,34 @@ def try_largest(plan: RunPlan, engine: Engine, device: torch.device) -> None:
     if plan.output.start.first_step == plan.data.steps.total_steps:
         return
     micro_batch = load_largest_micro_batch(plan)
-    fits = True
+    losses = None
     try:
-        engine.try_out(micro_batch, _state_to_come(plan, micro_batch))
+        losses = engine.try_out(micro_batch, _state_to_come(plan, micro_batch))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        fits = False  # outside of this block, so that the traceback no longer keeps the tensors of the passes
-    if engine.sum_over_processes(torch.tensor([0.0 if fits else 1.0], device=device)).item():
+    # Outside of the block, where the traceback no longer keeps the tensors of the passes.
+    if engine.sum_over_processes(torch.tensor([float(losses is None)], device=device)).item() or losses is None:
         free_device_memory(device)
         raise _does_not_fit(plan, micro_batch, device)
+    is_new = not plan.output.start.first_step and not plan.parameters.rehearse
+    if is_new and count_parameters(plan, plan.model.facts.denoiser) >= LEAST_TRAINED:
+        _check_base(model, micro_batch, losses, reporter)
+
+
+def _check_base(model: TrainingModule, micro_batch: MicroBatch, losses: Tensor, reporter: Reporter) -> None:
+    """Warn if the untrained loss is not below that of predicting zero, which any model does better that was trained on
+    such latents.
+    """
+    of_zero = model.losses_of_zero(micro_batch)
+    if of_zero is None:
+        return
+    ours, zero = (float(each.mean()) for each in (losses, of_zero))
+    if ours >= zero > 0:  # samples at the noisiest timestep have no weight
+        reporter.warn(
+            f"before training the loss is {ours:.3g}, not below the {zero:.3g} of predicting zero: the component files "
+            "may not belong together, or the model was never trained"
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
