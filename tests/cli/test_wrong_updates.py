@@ -13,6 +13,7 @@ CASES = [
     ((ON_HOST, "--optimizer", "prodigy", "--learning_rate", 1), names("enable_optimizer_cpu_offload", "one tensor after the other", "prodigy"), names("remove", ON_HOST, "adamw")),
     ((ON_HOST, "--optimizer", "torch.optim.NAdam"), names("enable_optimizer_cpu_offload", "torch.optim.NAdam"), names("adafactor")),
     (("--no-use_gradient_checkpointing", "--checkpointing", "nested"), names("checkpointing", "nested", "no activations are recomputed"), names("--use_gradient_checkpointing", "remove")),
+    (("--use_gradient_checkpointing_offload", "--checkpointing", "keep_attention"), names("checkpointing", "keep_attention", "use_gradient_checkpointing_offload"), names("remove one of them")),
 ]  # fmt: skip
 
 
@@ -40,6 +41,7 @@ GOOD = (*SWAP, FUSED, "--use_gradient_checkpointing")
         ((*SWAP, "--use_gradient_checkpointing"), names("blocks_to_swap", "dit train", "only with", "--fused_backward"), names("pass", "--fused_backward", "--blocks_to_swap")),
         ((*SWAP, "--no-use_gradient_checkpointing"), names("blocks_to_swap", "--fused_backward", "--use_gradient_checkpointing"), names("--fused_backward --use_gradient_checkpointing")),
         ((*GOOD, "--cpu_offload_split_threshold", 1), names("cpu_offload_split_threshold", "as a whole"), names("remove it")),
+        ((*GOOD, "--checkpointing", "keep_every_2"), names("blocks_to_swap", "dit train", "only if nothing of them is kept"), names("--checkpointing keep_every_2", "--blocks_to_swap")),
         (("--blocks_to_swap", 3, *GOOD[2:]), names("blocks_to_swap", "3", "2 blocks"), names("--blocks_to_swap 2")),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ QUICK = ("qwen-image", "flux")
 STEPS = 8
 KEPT = {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": False, "mixed_precision": "no",
         "width": 160, "height": 128, "max_pixels": 160 * 128}  # fmt: skip
-KINDS = ("nested",)
+KINDS = ("nested", "keep_attention", "keep_every_2")
 
 
 @pytest.fixture(scope="module")

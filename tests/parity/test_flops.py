@@ -92,12 +92,15 @@ def counted(plan: RunPlan, sizes: StepSizes) -> float:
 WAYS = {
     True: {"use_gradient_checkpointing": True},
     False: {"use_gradient_checkpointing": False},
-    "nested": {"use_gradient_checkpointing": True, "checkpointing": "nested"},
+    **{
+        kind: {"use_gradient_checkpointing": True, "checkpointing": kind}
+        for kind in ("nested", "keep_attention", "keep_every_2")
+    },
 }
 CASES = [
     (name, kind, checkpointing) for name in RECIPES for kind in ("lora", "full") for checkpointing in (True, False)
 ]
-CASES += [(name, "lora", "nested") for name in RECIPES]
+CASES += [(name, "lora", kind) for name in RECIPES for kind in ("nested", "keep_attention", "keep_every_2")]
 SHORT = {("qwen-image", "lora", True), ("flux", "full", False), ("flux2", "lora", True), ("wan", "lora", True)}
 
 

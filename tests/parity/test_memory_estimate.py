@@ -15,8 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffsynth_core.config.choices import RECOMPUTATIONS
 from diffsynth_core.config.resolve import resolve_stages
-from diffsynth_core.models.checkpointing import checkpoint_parts, parts_of
+from diffsynth_core.models.checkpointing import ATTENTION, block_caller, blocks_of, checkpoint_parts, parts_of
 from diffsynth_core.models.loading import build_empty
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.disk import disk_use
@@ -286,6 +287,39 @@ def test_the_estimate_of_parts_that_are_recomputed_once_more_is_what_a_block_tak
     kept, _ = measure_kept(step)  # with recomputed blocks
     assert estimated == pytest.approx(kept.everything + block, rel=WITHIN)
     assert estimated < whole == pytest.approx(found, rel=WITHIN)
+
+
+class AttentionOutputs(TorchDispatchMode):
+    """Bytes of what attention returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function in ATTENTION:
+            self.bytes += sum(tensor.nbytes for tensor in tree_leaves(result) if isinstance(tensor, Tensor))
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", ["keep_attention", "keep_every_2"])
+@pytest.mark.parametrize(("name", "kind"), [("qwen-image", "lora"), ("flux", "lora"), ("wan", "full")])
+def test_the_estimate_of_what_is_kept_beside_inputs_is_what_a_step_keeps(name, kind, checkpointing, folder):
+    plan = plan_step(RECIPES[name].format(kind), folder, use_gradient_checkpointing=False, **SIZES["160 x 128"])
+    step, recomputation = Step(plan), RECOMPUTATIONS[checkpointing]
+    estimated = estimate(plan, step, checkpointing=checkpointing)["activations recomputed"]
+    stored, _ = measure_kept(step)
+    family, denoiser = load_family(plan.model.facts.name), step.model.components["dit"]
+    blocks = list(blocks_of(denoiser, family.facts.component("dit")))
+    family.checkpoint_gradients("dit", denoiser, block_caller(blocks, recomputation))
+    with AttentionOutputs() as attention:
+        kept, _ = measure_kept(step)
+    outputs = attention.bytes if recomputation.keeps_attention else 0
+    measured = kept.everything + outputs + stored.largest_block - outputs // len(blocks)
+    assert kept.everything < stored.everything
+    assert estimated == pytest.approx(measured, rel=WITHIN)
+    assert estimated > estimate(plan, step)["activations recomputed"]
 
 
 def largest_block_of_parts(step: Step) -> int:

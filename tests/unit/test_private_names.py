@@ -20,6 +20,10 @@ USED = {
     ("core/diffsynth_core/models/attention.py", "_attention_backend"),
     ("core/diffsynth_core/models/autocast.py", "_pytree"),
     ("core/diffsynth_core/models/checkpointing.py", "_pytree"),
+    ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_cudnn_attention"),
+    ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_efficient_attention"),
+    ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_flash_attention"),
+    ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_flash_attention_for_cpu"),
     ("core/diffsynth_core/training/activations.py", "_base"),
     ("core/diffsynth_core/training/loop.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone

@@ -30,7 +30,7 @@ TRAINING_TIMESTEPS = 1000
 SWAP_BUFFERS = 2
 """Swapped blocks, or parts of them, that are on the device at a time: one that computes, and the next one."""
 
-Checkpointing = Literal["full", "nested"]
+Checkpointing = Literal["full", "nested", "keep_attention", "keep_every_2", "keep_every_3", "keep_every_4"]
 """Kinds of gradient checkpointing of the denoiser's blocks."""
 
 
@@ -41,10 +41,27 @@ class Recomputation:
     Attributes:
         parts: the parts of a block with layers of their own, such as attention and feed-forward, are computed a third
             time: of a block that is recomputed only their inputs are kept, and then one part's activations at a time.
+        keeps_attention: the output of attention, with the float32 number for each query that its backward pass needs,
+            is kept instead.
+        keeps_every: every how manyth block is not recomputed, in the order of the forward pass; None: all are.
     """
 
     parts: bool = False
+    keeps_attention: bool = False
+    keeps_every: int | None = None
+
+    @property
+    def keeps_more(self) -> bool:
+        """Whether more is kept from the forward pass than the inputs of blocks."""
+        return self.keeps_attention or self.keeps_every is not None
 
 
-RECOMPUTATIONS: Mapping[Checkpointing, Recomputation] = {"full": Recomputation(), "nested": Recomputation(parts=True)}
+RECOMPUTATIONS: Mapping[Checkpointing, Recomputation] = {
+    "full": Recomputation(),
+    "nested": Recomputation(parts=True),
+    "keep_attention": Recomputation(keeps_attention=True),
+    "keep_every_2": Recomputation(keeps_every=2),
+    "keep_every_3": Recomputation(keeps_every=3),
+    "keep_every_4": Recomputation(keeps_every=4),
+}
 """What each kind of gradient checkpointing computes again."""

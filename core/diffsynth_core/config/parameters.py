@@ -887,7 +887,7 @@ class Parameters(BaseModel):
         None,
         "gradient",
         "choice",
-        "What of the denoiser's blocks is recomputed, with `use_gradient_checkpointing`; full: each block, as a whole; nested: each block, and in it attention and feed-forward once more, so that of one block only one of these is in memory: less memory and more time; default: full",
+        "What of the denoiser's blocks is recomputed, with `use_gradient_checkpointing`; full: each block, as a whole; nested: each block, and in it attention and feed-forward once more, so that of one block only one of these is in memory: less memory and more time; keep_attention: each block but the output of its attention, which is kept; keep_every_N: all blocks but every Nth, whose activations are kept: more memory and less time; default: full",
         changes="speed",
         documented=False,
     )

@@ -76,11 +76,13 @@ class _Part:
 
 @dataclass(eq=False)
 class _Block:
-    """One call of a block that may be recomputed."""
+    """One call of a block that may be recomputed; `attention`: what is kept of that."""
 
     inputs: tuple[Tensor, ...]
     owner: Owner | None
+    recomputation: Recomputation
     autocast_bytes: int = 0
+    attention: list[Tensor] = field(default_factory=list)
     parts: list[_Part] = field(default_factory=list)
 
 
@@ -97,13 +99,18 @@ class _Recorder:
         self._owner: Owner | None = None
         self.blocks: list[_Block] = []
         self.further: dict[str, int] = {}
+        self._places: dict[Owner, int] = {}
         for name, component in components.items():
-            for blocks, count in component.blocks.items():
+            start = 0
+            for blocks in family.facts.component(name).blocks:
                 built = list(modules[name].get_submodule(blocks).children())
-                self.further[f"{name}.{blocks}"] = count - len(built)
+                count = component.blocks.get(blocks, len(built))
+                further = self.further[f"{name}.{blocks}"] = count - len(built)
                 for index, block in enumerate(built):
+                    self._places[f"{name}.{blocks}", index] = start + index + (further if index > 1 else 0)
                     block.register_forward_pre_hook(partial(self._enter, (f"{name}.{blocks}", index)))
                     block.register_forward_hook(self._leave)
+                start += count
             if component.recomputation.parts:
                 for block in blocks_of(modules[name], family.facts.component(name)):
                     for part in parts_of(block):
@@ -118,19 +125,31 @@ class _Recorder:
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._save, lambda saved: saved.tensor)
 
-    def call_block(self, autocast: Autocast, function: Callable[..., Any], *args: Any) -> Any:
+    def call_block(
+        self, autocast: Autocast, recomputation: Recomputation, function: Callable[..., Any], *args: Any
+    ) -> Any:
         """`torch.utils.checkpoint.checkpoint` without recomputation."""
-        outer, before = self._block, autocast.weight_bytes
-        self._block = _Block(tuple(value for value in args if isinstance(value, Tensor)), None)
+        outer, before, calls = self._block, autocast.weight_bytes, len(autocast.attention)
+        self._block = _Block(tuple(value for value in args if isinstance(value, Tensor)), None, recomputation)
         self.blocks.append(self._block)
         result = function(*args)
         self._block.autocast_bytes = autocast.weight_bytes - before
+        if recomputation.keeps_attention:
+            self._block.attention = [tensor for call in autocast.attention[calls:] for tensor in call]
         self._block = outer
         return result
 
     def times(self, owner: Owner | None) -> int:
         """How many blocks a measured one stands for: the second for all that are not built."""
         return 1 + self.further[owner[0]] if owner and owner[1] == 1 else 1
+
+    def kept(self, block: _Block) -> int:
+        """How many of the blocks that a measured one stands for are not recomputed."""
+        every = block.recomputation.keeps_every
+        if every is None or block.owner is None:
+            return 0
+        first = self._places[block.owner]
+        return (first + self.times(block.owner)) // every - first // every
 
     def _enter(self, owner: Owner, *_: Any) -> None:
         self._owner = owner
@@ -190,8 +209,8 @@ def measure_step(
     modules = {name: _build(family, name, component) for name, component in components.items()}
     mode = Autocast(device, autocast)
     recorder = _Recorder(family, modules, components)
-    for module in modules.values():
-        _call_blocks_with(module, partial(recorder.call_block, mode))
+    for name, module in modules.items():
+        _call_blocks_with(module, partial(recorder.call_block, mode, components[name].recomputation))
     with recorder.hooks(), mode, torch.autocast("cpu", autocast, enabled=autocast is not None):
         losses = _losses(family, modules, inputs)
     tensors = [tensor for module in modules.values() for tensor in (*module.parameters(), *module.buffers())]
@@ -287,16 +306,17 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def _add_up(recorder: _Recorder, weights: set[int]) -> StepActivations:
     saved, blocks = recorder.saved, recorder.blocks
-    outside = [(one.tensor, one.owner) for one in saved if one.block is None]
-    inputs = [(tensor, block.owner) for block in blocks for tensor in block.inputs]
+    outside = [(one.tensor, recorder.times(one.owner)) for one in saved if one.block is None]
+    inputs = [(tensor, recorder.times(block.owner)) for block in blocks for tensor in (*block.inputs, *block.attention)]
+    whole = [(one.tensor, times) for one in saved if one.block and (times := recorder.kept(one.block))]
     kept = weights | _storages([tensor for tensor, _ in (*outside, *inputs)]).keys()
     in_blocks: dict[_Block, list[_Saved]] = defaultdict(list)
     for one in saved:
         if one.block:
             in_blocks[one.block].append(one)
     return StepActivations(
-        stored=_total(recorder, [(one.tensor, one.owner) for one in saved], weights),
-        checkpointed=_total(recorder, [*outside, *inputs], weights),
+        stored=_total([(one.tensor, recorder.times(one.owner)) for one in saved], weights),
+        checkpointed=_total([*outside, *inputs, *whole], weights),
         largest_block=max((_recomputed(block, ones, kept) for block, ones in in_blocks.items()), default=0),
         block_inputs=max((_bytes(block.inputs, weights) for block in blocks), default=0),
         autocast_weights=sum(block.autocast_bytes * recorder.times(block.owner) for block in blocks),
@@ -319,14 +339,14 @@ def _bytes(tensors: Sequence[Tensor], apart: Collection[int]) -> int:
     return sum(size for storage, size in _storages(tensors).items() if storage not in apart)
 
 
-def _total(recorder: _Recorder, tensors: Sequence[tuple[Tensor, Owner | None]], apart: Collection[int]) -> int:
-    """Bytes of all storages; each belongs to what has it first, and counts as often as that stands for others."""
+def _total(tensors: Sequence[tuple[Tensor, int]], apart: Collection[int]) -> int:
+    """Bytes of all storages; each belongs to what has it first, and counts as often as stands beside the tensor."""
     total, seen = 0, set(apart)
-    for tensor, owner in tensors:
+    for tensor, times in tensors:
         ((storage, size),) = _storages([tensor]).items()
         if storage not in seen:
             seen.add(storage)
-            total += size * recorder.times(owner)
+            total += size * times
     return total
 
 

@@ -56,12 +56,13 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = query.shape
         result = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, result, sums)
-        return result
+        ctx.mark_non_differentiable(sums)
+        return result, sums
 
 
 class Autocast(TorchFunctionMode):
@@ -71,6 +72,9 @@ class Autocast(TorchFunctionMode):
 
     Args:
         dtype: of autocast; None: autocast is off.
+
+    Attributes:
+        attention: what each call of attention has returned, and its float32 number for each query.
     """
 
     def __init__(self, device: str, dtype: torch.dtype | None) -> None:
@@ -79,6 +83,7 @@ class Autocast(TorchFunctionMode):
         self._low = LOW_PRECISION if dtype else frozenset[str]()
         self._float32 = FLOAT32[device] if dtype else frozenset[str]()
         self._weights: dict[Tensor, Tensor] = {}
+        self.attention: list[tuple[Tensor, Tensor]] = []
 
     @property
     def weight_bytes(self) -> int:
@@ -100,7 +105,8 @@ class Autocast(TorchFunctionMode):
         elif name in self._float32:
             args, kwargs = tree_map(_raise, (tuple(args), kwargs))
         if name == "scaled_dot_product_attention":
-            return _attention(*args, **kwargs)
+            self.attention.append(_attention(*args, **kwargs))
+            return self.attention[-1][0]
         if name == "rms_norm" and self._fused:
             return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
@@ -121,7 +127,7 @@ def _raise(value: Any) -> Any:
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call,no-any-return]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from diffsynth_core.adapters.lora import add_lora
 from diffsynth_core.config.choices import RECOMPUTATIONS, AttentionName, Checkpointing
 from diffsynth_core.models.attention import set_attention
-from diffsynth_core.models.checkpointing import blocks_of, checkpoint_parts
+from diffsynth_core.models.checkpointing import block_caller, blocks_of, checkpoint_parts
 from diffsynth_core.models.family import Family
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
@@ -53,7 +53,9 @@ def prepare_component(family: Family, component: str, module: nn.Module, setup: 
         add_lora(module, setup.lora_modules, setup.rank, setup.seed, setup.public_keys)
     set_attention(module, setup.attention)
     if setup.checkpointing:
-        family.checkpoint_gradients(component, module)
-        if RECOMPUTATIONS[setup.checkpointing].parts:
-            for block in blocks_of(module, family.facts.component(component)):
+        recomputation = RECOMPUTATIONS[setup.checkpointing]
+        blocks = list(blocks_of(module, family.facts.component(component)))
+        family.checkpoint_gradients(component, module, block_caller(blocks, recomputation))
+        if recomputation.parts:
+            for block in blocks:
                 checkpoint_parts(block)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from diffsynth_core.config.choices import RECOMPUTATIONS
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import Problem, report
@@ -112,6 +113,10 @@ def _training_problems(name: str, parameters: Parameters, denoiser: str) -> Iter
         flags = " and ".join(f"`{flag}`" for flag in missing)
         what = f"`{name}`: the blocks of {denoiser} train, and can wait in host memory only with {flags}"
         yield Problem(what, f"pass `{' '.join(missing)}`, or remove `--{name}`", wrong_use=True)
+    if parameters.checkpointing and RECOMPUTATIONS[parameters.checkpointing].keeps_more:
+        what = f"`{name}`: the blocks of {denoiser} train, and can wait in host memory only if nothing of them is kept"
+        hint = f"remove `--checkpointing {parameters.checkpointing}`, or `--{name}`"
+        yield Problem(what, hint, wrong_use=True)
     if parameters.task.startswith("direct_distill"):
         what = f"`{name}`: the blocks of {denoiser} train, and distillation needs their weights in all steps of its sampler"
         yield Problem(what, f"remove `--{name}`", wrong_use=True)

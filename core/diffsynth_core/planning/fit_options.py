@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from diffsynth_core.config.choices import SWAP_BUFFERS
+from diffsynth_core.config.choices import RECOMPUTATIONS, SWAP_BUFFERS, Checkpointing
 from diffsynth_core.config.documents import flag
 from diffsynth_core.config.origins import DEFAULT
 from diffsynth_core.config.quant_options import QuantOption, join_quant_options, split_quant_options
@@ -40,6 +40,11 @@ FITTED = (
     "quant_options",
 )
 """Parameters of the options that leave what is trained as it is."""
+CHECKPOINTING_WORDS: Mapping[Checkpointing, str] = {
+    "full": "blocks recomputed in full",
+    "nested": "parts of blocks recomputed once more",
+}
+"""Kinds of gradient checkpointing that keep the least, from the one that keeps more."""
 Change = Callable[[MemoryConfig], MemoryConfig]
 SHARES = (0.75, 0.5, 0.25)
 """Of the area of images, and of the length of clips, that are tried."""
@@ -104,7 +109,7 @@ OTHER_OPTIMIZERS = (
 def memory_options(plan: RunPlan, config: MemoryConfig) -> list[MemoryOption]:
     """Return what may be done otherwise than a config says, in the order of what it costs."""
     options = [*_activation_options(config), *_update_options(plan, config), *_optimizer_options(plan)]
-    options += [*_nested_options(config), *_storage_options(plan, config), *_scope_options(plan, config)]
+    options += [*_checkpointing_options(config), *_storage_options(plan, config), *_scope_options(plan, config)]
     order = ("time", "precision", "quality", "scope")
     return sorted(options, key=lambda option: order.index(option.cost))
 
@@ -113,16 +118,20 @@ def _activation_options(config: MemoryConfig) -> Iterator[MemoryOption]:
     if not config.recompute:
         recomputed = partial(replace, recompute=True)
         yield MemoryOption("time", ("use_gradient_checkpointing",), [recomputed])
-    if not config.offload:
+    if not (config.offload or RECOMPUTATIONS[config.checkpointing].keeps_attention):
         waiting = partial(replace, recompute=True, offload=True)
         yield MemoryOption("time", ("use_gradient_checkpointing_offload", *_recomputation(config)), [waiting])
 
 
-def _nested_options(config: MemoryConfig) -> Iterator[MemoryOption]:
-    """Yield the recomputation of parts of recomputed blocks, which takes the most time of what costs nothing else."""
-    if config.checkpointing == "full":
-        nested = partial(replace, recompute=True, checkpointing="nested")
-        yield MemoryOption("time", ("checkpointing", *_recomputation(config)), [nested])
+def _checkpointing_options(config: MemoryConfig) -> Iterator[MemoryOption]:
+    """Yield the recomputation of whole blocks, if more is kept, and then that of parts of recomputed blocks, which
+    takes the most time of what costs nothing else.
+    """
+    order = tuple(CHECKPOINTING_WORDS)
+    now = order.index(config.checkpointing) if config.checkpointing in order else -1
+    degrees = [partial(replace, recompute=True, checkpointing=kind) for kind in order[now + 1 :]]
+    if degrees:
+        yield MemoryOption("time", ("checkpointing", *_recomputation(config)), degrees)
 
 
 def _recomputation(config: MemoryConfig) -> tuple[str, ...]:
@@ -254,7 +263,7 @@ def _changed_activations(plan: RunPlan, after: MemoryConfig, before: MemoryConfi
     elif after.recompute and not before.recompute:
         yield ParameterChange("recomputed activations", "use_gradient_checkpointing", True)
     if after.checkpointing != before.checkpointing:
-        yield ParameterChange("parts of blocks recomputed once more", "checkpointing", after.checkpointing)
+        yield ParameterChange(CHECKPOINTING_WORDS[after.checkpointing], "checkpointing", after.checkpointing)
 
 
 def _changed_updates(plan: RunPlan, after: MemoryConfig, before: MemoryConfig) -> Iterator[ParameterChange]:

@@ -61,6 +61,7 @@ class _Products:
         inputs: for the gradients of what it reads.
         weights: for the gradients of what trains of it.
         in_part: whether it is in a part of the block that has layers of its own.
+        is_attention: whether it is an attention.
     """
 
     block: str | None
@@ -68,6 +69,7 @@ class _Products:
     inputs: float
     weights: float = 0
     in_part: bool = False
+    is_attention: bool = False
 
 
 def step_flops(plan: RunPlan, sizes: StepSizes) -> StepFlops | None:
@@ -107,7 +109,7 @@ def _products(plan: RunPlan, component: str, facts: ComponentFacts, tokens: Toke
                 forward = 4 * tokens[attention.queries] * tokens[attention.keys] * width
                 block = block_of(layer, facts)
                 inputs = BACKWARD_OF_ATTENTION * forward
-                yield _Products(block, forward, inputs, in_part=_is_in_part(layer, block))
+                yield _Products(block, forward, inputs, in_part=_is_in_part(layer, block), is_attention=True)
 
 
 def _is_in_part(layer: str, block: str | None) -> bool:
@@ -129,12 +131,17 @@ def _passes(plan: RunPlan, component: str, facts: ComponentFacts, products: list
     return StepFlops(
         sum(product.forward for product in products),
         sum(product.inputs for product in reached) + sum(product.weights for product in products),
-        sum(_repetitions(product, RECOMPUTATIONS[kind]) * product.forward for product in reached) if kind else 0,
+        sum(_repetitions(product, order, RECOMPUTATIONS[kind]) * product.forward for product in reached) if kind else 0,
     )
 
 
-def _repetitions(product: _Products, recomputation: Recomputation) -> int:
+def _repetitions(product: _Products, order: Mapping[str | None, int], recomputation: Recomputation) -> int:
     """Return how often the backward pass repeats a product of a block that it reaches."""
+    every = recomputation.keeps_every
+    if (every and order[product.block] % every == every - 1) or (
+        recomputation.keeps_attention and product.is_attention
+    ):
+        return 0
     return 2 if recomputation.parts and product.in_part else 1
 
 

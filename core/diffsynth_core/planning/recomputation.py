@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from diffsynth_core.config.choices import Checkpointing
+from diffsynth_core.config.choices import RECOMPUTATIONS, Checkpointing
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 
@@ -25,3 +25,8 @@ def recomputation_problems(parameters: Parameters) -> Iterator[Problem]:
         what = f"`checkpointing` is {parameters.checkpointing}, but no activations are recomputed"
         hint = "pass `--use_gradient_checkpointing`, or remove `--checkpointing`"
         yield Problem(what, hint, wrong_use=True)
+    kept = parameters.checkpointing and RECOMPUTATIONS[parameters.checkpointing].keeps_attention
+    if kept and parameters.use_gradient_checkpointing_offload:
+        what = f"`checkpointing` {parameters.checkpointing} keeps the output of attention on the GPU"
+        hint = "remove one of them"
+        yield Problem(f"{what}, but `use_gradient_checkpointing_offload` frees it", hint, wrong_use=True)

@@ -130,13 +130,13 @@ class ToyFamily:
         denoiser="dit",
         text_column="prompt",
         tokenizers={},
-        component=lambda name: ComponentFacts(name, name, layouts=(), file_patterns=()),
+        component=lambda name: ComponentFacts(name, name, (), (), blocks={"blocks": "num_layers"}),
     )
 
     def build(self, component, config):
         return Toy(**config)
 
-    def checkpoint_gradients(self, component, module):
+    def checkpoint_gradients(self, component, module, function=None):
         module._set_gradient_checkpointing(True, None)
 
     def blank_encoding(self, variant, denoiser, sizes):
@@ -149,10 +149,10 @@ class ToyFamily:
         return components["dit"](noisy)
 
 
-def measure(built, blocks, batch=1):
+def measure(built, blocks, batch=1, checkpointing="full"):
     names = {f"blocks.{number}.layer.{name}" for number in range(built) for name in ("weight", "bias")}
     component = MeasuredComponent(
-        {"num_layers": built}, F32, ComponentSetup(frozenset(names), checkpointing="full"), blocks=blocks
+        {"num_layers": built}, F32, ComponentSetup(frozenset(names), checkpointing=checkpointing), blocks=blocks
     )
     target = SimpleNamespace(column="image")
     inputs = StepInputs(
@@ -163,9 +163,17 @@ def measure(built, blocks, batch=1):
     return measure_step(ToyFamily(), {"dit": component}, inputs, None, "cuda")
 
 
+@pytest.mark.parametrize("checkpointing", ["full", "keep_every_2", "keep_every_3", "keep_every_4"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_three_blocks_tell_of_all(batch):
-    assert measure(3, {"blocks": 7}, batch) == measure(7, {}, batch)
+def test_three_blocks_tell_of_all(batch, checkpointing):
+    assert measure(3, {"blocks": 7}, batch, checkpointing) == measure(7, {}, batch, checkpointing)
+
+
+@pytest.mark.parametrize(("every", "kept"), [(2, 3), (3, 2), (4, 1)])
+def test_of_every_nth_block_all_is_kept(every, kept):
+    whole, some = measure(7, {}), measure(7, {}, checkpointing=f"keep_every_{every}")
+    assert some.stored == whole.stored
+    assert some.checkpointed == whole.checkpointed + kept * whole.largest_block
 
 
 def test_recomputed_blocks_keep_their_inputs_and_one_is_there_at_a_time():

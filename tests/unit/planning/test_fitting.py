@@ -57,6 +57,20 @@ def test_the_changes_are_what_the_options_do(plan, recipe):
     assert tried >= {"use_gradient_checkpointing", "use_gradient_checkpointing_offload", "batch_size"}
 
 
+def test_what_is_kept_beside_inputs_is_given_up_first_in_full_and_then_nested(plan):
+    made = plan(checkpointing="keep_attention")
+    config = config_of(made)
+    (option,) = [each for each in memory_options(made, config) if "checkpointing" in each.parameters]
+    changes = [parameter_changes(made, degree(config), config) for degree in option.degrees]
+    assert [(change.parameter, change.value) for (change,) in changes] == [
+        ("checkpointing", "full"),
+        ("checkpointing", "nested"),
+    ]
+    assert not [
+        each for each in memory_options(made, config) if "use_gradient_checkpointing_offload" in each.parameters
+    ]
+
+
 @pytest.mark.slow
 def test_nothing_is_changed_that_is_not_needed(plan):
     made = plan(use_gradient_checkpointing=False)
