@@ -55,12 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None, page: Path) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.bench")
-    parser.add_argument("--out", type=Path, default=page, help="page to write")
+    parser.add_argument("--out", type=Path, help="page to write; default: docs/benchmarks.md, of a rehearsal in --work")
     parser.add_argument("--minutes", type=float, default=120, help="of all rows; a row that is running is stopped")
     parser.add_argument("--size", choices=("real", "rehearsal"), default="real", help="rehearsal: tiny models on a CPU")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-gpu", help="folder of results and headers")
     parser.add_argument("--only", nargs="+", default=(), help="names of rows; default: all")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    asked.out = asked.out or (page if asked.size == "real" else asked.work / page.name)
+    return asked
 
 
 def cuda_is_there() -> bool:

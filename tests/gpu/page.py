@@ -32,8 +32,8 @@ of the tables, each in a process of its own; `ARGUMENTS="--minutes 12"` limits a
 - share of the limit = FLOP of a step / (seconds of a step x FLOP per second of the GPU in dense bf16)
 - FLOP of a step: matrix products by formula from shapes (`core/diffsynth_core/planning/flops.py`). A linear layer of P
   weights and T tokens is 2 P T forward, 2 P T for the gradient of its input, and 2 P T for that of its weight if it trains;
-  attention of S tokens, H numbers wide, is 4 S^2 H forward and 10 S^2 H backward; gradient checkpointing adds the forward
-  pass of all blocks. Products in 8 bits and dequantization count the same, so that shares of one model compare by time.
+  attention of S tokens, H numbers wide, is 4 S^2 H forward and 10 S^2 H backward; gradient checkpointing adds what it
+  computes again. Products in 8 bits and dequantization count the same, so that shares of one model compare by time.
 - estimate: memory of the training step in `train --dry_run`; peak: `torch.cuda.max_memory_allocated` of the steps
 """
 
@@ -50,8 +50,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
     device = f"Measured on: {told}." if told else "No GPU has been measured yet."
     found = {one.row: one for one in outcomes}
     rows = [(row, found[row.name]) for row in ROWS if row.name in found]
-    lines = [HEAD.format(device=device), *_correctness(rows), *_speed(rows)]
-    lines += ["", "| GPU | TFLOP per second, dense bf16 | source |", "|---|---|---|"]
+    lines = [HEAD.format(device=device), *(_correctness(rows) if rows else ()), *(_speed(rows) if rows else ())]
+    lines += ["| GPU | TFLOP per second, dense bf16 | source |", "|---|---|---|"]
     lines += [f"| {name} | {peak / 1e12:g} | {source} |" for name, (peak, source) in PEAKS.items()]
     return "\n".join([*lines, ""])
 
@@ -78,6 +78,7 @@ def _speed(rows: Sequence[tuple[Row, Outcome]]) -> Iterator[str]:
             figures = (_number(rate, ".3g"), _number(one.flops and one.flops / 1e12, ".4g"), _number(share, ".0%"))
             memory = (format_memory(size) if size is not None else "-" for size in (one.peak, one.estimate))
             yield f"| {' | '.join((row.name, *figures, *memory, one.fault))} |"
+    yield ""
 
 
 def _number(value: float | None, form: str) -> str:

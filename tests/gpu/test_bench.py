@@ -11,7 +11,7 @@ from diffsynth_core.planning.flops import step_flops
 from diffsynth_core.planning.sizes import find_workload
 from tests.gpu import bench
 from tests.gpu.measure import Outcome, make, measure
-from tests.gpu.page import PAGE, device_peak, page
+from tests.gpu.page import HEAD, PAGE, device_peak, page
 from tests.gpu.rows import ROWS
 
 SHORT = {
@@ -80,8 +80,30 @@ def test_a_row_that_fails_or_takes_too_long_is_told(tmp_path):
     assert bench.measured(ROWS[3].name, "rehearsal", tmp_path, 0.1) is None
 
 
-def test_the_page_of_the_repository_is_the_one_without_figures():
-    assert PAGE.read_text(encoding="utf-8") == page(())
+def test_the_page_of_the_repository_is_written_by_this_script():
+    """With figures or without."""
+    before, after = HEAD.split("{device}")
+    written = PAGE.read_text(encoding="utf-8")
+    assert written.startswith(before)
+    assert after in written
+
+
+def test_the_page_tells_shares_faults_and_differences():
+    card = {"size": "real", "device": "NVIDIA H100 80GB HBM3", "torch": "2.9"}
+    speed, same, other = ROWS[3].name, ROWS[0].name, ROWS[1].name
+    told = page(
+        [
+            Outcome(speed, **card, seconds=0.5, flops=240e12, peak=45 * 2**30, estimate=44 * 2**30),
+            Outcome(same, **card, difference=0.0),
+            Outcome(other, **card, difference=0.5),
+            Outcome(ROWS[4].name, size="real", fault="over 240 s"),
+        ]
+    )
+    assert f"| {speed} | 2 | 240 | 49% | 45.0 GiB | 44.0 GiB |  |" in told  # 240 / (0.5 x 989.4)
+    assert f"| {same} | 0 | 0.001 | same |" in told
+    assert f"| {other} | 0.5 | 0.1 | **differs** |" in told
+    assert f"| {ROWS[4].name} | - | - | - | - | - | over 240 s |" in told
+    assert "Measured on: NVIDIA H100 80GB HBM3, torch 2.9, real size." in told
 
 
 def test_the_peak_of_a_device_is_found_by_its_name():
