@@ -16,6 +16,7 @@ from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters
 from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.sizes import count_batch_shapes, most_batch_shapes
 from diffsynth_core.progress import Reporter, format_bytes, format_count, format_memory, pluralize, verb
 
 SHOWN_SIZES = 6
@@ -160,8 +161,20 @@ def _step_lines(plan: RunPlan) -> Iterator[str]:
         yield f"  timesteps {first} to {end - 1} of {TRAINING_TIMESTEPS}, noisiest first"
     if parameters.find_unused_parameters:
         yield "  unused parameters are excluded, so `find_unused_parameters` has no effect"
+    if parameters.compile:
+        yield f"  {compiled_in_words(plan)}"
     for note in start_lines(plan):
         yield f"  {note}"
+
+
+def compiled_in_words(plan: RunPlan) -> str:
+    """For how many batch shapes blocks are compiled."""
+    (shapes, counted), most = count_batch_shapes(plan), most_batch_shapes(plan)
+    about = "" if counted else "about "
+    limit = f", more than the {most} that PyTorch compiles, so the run will not start" if shapes > most else ""
+    return (
+        f"blocks of {plan.model.facts.denoiser} are compiled for up to {about}{pluralize(shapes, 'batch shape')}{limit}"
+    )
 
 
 def steps_in_words(plan: RunPlan) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffsynth_cli.text.estimate import Estimate, disk_parts
 from diffsynth_cli.text.plan import (
     DEVICES,
+    compiled_in_words,
     family_default_lines,
     format_size,
     list_sizes,
@@ -55,6 +56,8 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
         yield _labeled("", note)
     if plan.task.trains:
         yield _labeled("Steps", _steps(plan))
+        if plan.parameters.compile and plan.data.samples.samples:
+            yield _labeled("", compiled_in_words(plan))
         for note in start_lines(plan):
             yield _labeled("", note)
     if plan.parameters.max_time:

@@ -65,3 +65,5 @@ RECOMPUTATIONS: Mapping[Checkpointing, Recomputation] = {
     "keep_every_4": Recomputation(keeps_every=4),
 }
 """What each kind of gradient checkpointing computes again."""
+MOST_COMPILATIONS = 256
+"""How often blocks may be compiled in a run. Source: `accumulated_recompile_limit` of torch/_dynamo/config.py."""

@@ -778,6 +778,14 @@ class Parameters(BaseModel):
         changes="speed",
         documented=False,
     )
+    compile: bool = _setting(
+        False,
+        "training",
+        "bool",
+        "Compile the blocks of the denoiser with torch.compile, for each batch shape at its first step, which takes minutes; the same up to rounding; the plan counts the shapes. Needs a C++ compiler on a CPU, triton on CUDA; not with swapped blocks, `fused_backward` or `use_gradient_checkpointing_offload`",
+        changes="speed",
+        documented=False,
+    )
     enable_optimizer_cpu_offload: bool = _setting(
         False,
         "training",

@@ -15,6 +15,7 @@ from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
 from diffsynth_core.planning.attention import attention_problems
 from diffsynth_core.planning.block_swap import with_number_of_blocks
+from diffsynth_core.planning.compilation import compilation_problems, contradictions
 from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
@@ -164,6 +165,9 @@ def make_plan(
         device, mixed_precision = _choose_machine(parameters, samples)
         _check_updates(parameters, optimizer, mixed_precision, world_size)
         _check_attention(parameters, found, device, mixed_precision)
+        _check_compilation(
+            resolved.parameters, found, device
+        )  # as given: `parameters` has the number of blocks to swap
         report(*(shape_faults(found) if found else []))
         steps = _step_plan(parameters, samples, world_size) if samples else None
         cache = parameters.cache_path or default_cache_path()
@@ -299,6 +303,15 @@ def _check_attention(parameters: Parameters, found: ModelPlan | None, device: st
         device, mixed_precision = "cuda", parameters.mixed_precision or "bf16"
     for problem in attention_problems(parameters, found.facts, device, mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)
+
+
+def _check_compilation(parameters: Parameters, found: ModelPlan | None, device: str) -> None:
+    """Report why blocks cannot be compiled; a dry run without a device says nothing of a machine that is not this."""
+    if not parameters.compile or found is None or not TASKS[parameters.task].trains:
+        return
+    report(*contradictions(parameters, found))
+    if not (parameters.dry_run and parameters.device is None):
+        report_missing(*compilation_problems(device))
 
 
 def _find_samples(

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from diffsynth_core.config.choices import ENCODER_DTYPES
+from diffsynth_core.config.choices import ENCODER_DTYPES, MOST_COMPILATIONS
 from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import Sample
+from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.encoded_sizes import (
     EncodedSize,
     Shown,
@@ -75,6 +76,53 @@ def largest_batch(plan: RunPlan, among: Iterable[int]) -> list[SampleRef]:
     return [SampleRef(ordered[place % len(ordered)], place // len(ordered)) for place in range(batch(largest))]
 
 
+def count_batch_shapes(plan: RunPlan) -> tuple[int, bool]:
+    """Return how many shapes micro-batches may have at most, and whether the tokens of captions are known.
+
+    Shapes differ in bucket, number of samples, tokens of the longest caption, and in whether shorter ones are masked.
+    """
+    batches, samples, size = plan.data.steps.batches, plan.data.samples.samples, plan.parameters.batch_size
+    shown = [_shown(plan, sample) for sample in samples]
+    lengths, counted = _text_lengths(plan, samples, shown)
+    if any(sample.with_empty_caption for sample in samples):
+        encoder = caption_encoder(plan.model.variant.encoders)
+        tokenizer = plan.model.tokenizers.get(encoder.caption.tokenizer) if encoder and encoder.caption else None
+        empty, _ = count_text_states(plan.model.variant.encoders, tokenizer, [""] * len(samples), shown)
+        lengths = [{*own, length} for own, length in zip(lengths, empty, strict=True)]
+    total = 0
+    for bucket in batches.buckets:
+        different = len(set().union(*(lengths[member] for member in bucket.members)))
+        full, rest = divmod(len(bucket.members) * plan.parameters.dataset_repeat, size)
+        for number in {size if full else 0, rest} - {0}:
+            total += different if number == 1 else 2 * different - 1
+    return total, counted
+
+
+def check_compilations(plan: RunPlan) -> None:
+    """Check that blocks need not be compiled more often than PyTorch does.
+
+    Raises:
+        DiffSynthError: if there are too many batch shapes for it.
+    """
+    if not plan.parameters.compile:
+        return
+    shapes, _ = count_batch_shapes(plan)
+    most = most_batch_shapes(plan)
+    if shapes > most:
+        raise DiffSynthError(
+            f"`compile` compiles blocks for up to {shapes} batch shapes, but PyTorch does for {most} at most",
+            "train on fewer image sizes or lengths of captions, or remove `--compile`",
+        )
+
+
+def most_batch_shapes(plan: RunPlan) -> int:
+    """Return for how many batch shapes the blocks of the denoiser can be compiled: the first block of a list, whose
+    inputs may have no gradient, the last one, of which less may train, and those between are compiled apart.
+    """
+    lists = len(plan.model.facts.component(plan.model.facts.denoiser).blocks)
+    return MOST_COMPILATIONS // (3 * max(1, lists))
+
+
 def sizes_of_sample(plan: RunPlan, sample: Sample, text_states: int) -> StepSizes:
     """Inputs of the transformer for one sample, with this many text tokens."""
     return _sizes(plan, _shown(plan, sample), text_states)
@@ -91,7 +139,13 @@ def _shown(plan: RunPlan, sample: Sample) -> Shown:
 
 
 def _text_states(plan: RunPlan, samples: Sequence[Sample], shown: Sequence[Shown]) -> tuple[list[int], bool]:
-    """States of each sample's text, and whether they were counted: with the tokenizer, or when they were encoded."""
+    """States of each sample's longest text, and whether they were counted."""
+    lengths, counted = _text_lengths(plan, samples, shown)
+    return [max(own) for own in lengths], counted
+
+
+def _text_lengths(plan: RunPlan, samples: Sequence[Sample], shown: Sequence[Shown]) -> tuple[list[set[int]], bool]:
+    """States of each sample's texts, and whether they were counted: with the tokenizer, or when they were encoded."""
     encoder = caption_encoder(plan.model.variant.encoders)
     if plan.data.encoded and encoder and encoder.caption and encoder.name in plan.data.encoded.origin.encoders:
         width = embedding_dim(encoder.caption, plan.model.shapes.get(plan.model.facts.denoiser, {}))
@@ -99,19 +153,20 @@ def _text_states(plan: RunPlan, samples: Sequence[Sample], shown: Sequence[Shown
     tokenizer = plan.model.tokenizers.get(encoder.caption.tokenizer) if encoder and encoder.caption else None
     encoders, first = plan.model.variant.encoders, [sample.caption for sample in samples]
     counts, counted = count_text_states(encoders, tokenizer, first, shown)
+    lengths = [{count} for count in counts]
     for place, sample in enumerate(samples):
         if sample.other_captions:
             others, _ = count_text_states(
                 encoders, tokenizer, sample.other_captions, [shown[place]] * len(sample.other_captions)
             )
-            counts[place] = max(counts[place], *others)
-    return counts, counted
+            lengths[place].update(others)
+    return lengths, counted
 
 
-def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[int]:
-    """States that files of an encoder hold, whose heads are smaller than a state."""
+def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[set[int]]:
+    """States that the files of an encoder for each sample hold, whose heads are smaller than a state."""
     each = width * BYTES[ENCODER_DTYPES[encoded.origin.precision.partition(",")[0]]]
-    return [max(file.bytes for file in files[encoder]) // each for files in encoded.files]
+    return [{file.bytes // each for file in files[encoder]} for files in encoded.files]
 
 
 def _encoded(plan: RunPlan, text_states: int, shown: Shown) -> EncodedSize:

@@ -36,6 +36,7 @@ from diffsynth_core.planning.block_swap import trained_blocks
 from diffsynth_core.planning.disk import assumed_save_seconds
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.sizes import check_compilations
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.checkpointing import write_checkpoint
@@ -115,6 +116,7 @@ def _open_run(
         raise DiffSynthError(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
+    check_compilations(plan)
     family = load_family(plan.model.facts.name)
     plan = with_encodings(plan, reporter)
     _check_identities(plan)

@@ -11,6 +11,7 @@ from diffsynth_core.adapters.lora import load_lora
 from diffsynth_core.adapters.swap import swaps_of
 from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.host_memory import to_device
+from diffsynth_core.models.compilation import compile_blocks
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
 from diffsynth_core.planning.activations import component_setup
@@ -139,6 +140,8 @@ def build_training_module(
             reporter.info(
                 f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {pluralize(len(training.lora_modules), 'module')}"
             )
+        if settings.compile and is_denoiser:
+            compile_blocks(plan.model.facts.component(name), module)
         components[name] = module
         tokenizers.update(load_tokenizers(plan.model, family, name))
     return TrainingModule(plan, family, components, tokenizers, trained_swap)
