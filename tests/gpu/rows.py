@@ -59,8 +59,19 @@ ROWS = (
         f"{QWEN}-full",
         {"fused_backward": True, **FUSED},
     ),
+    Row("Qwen-Image LoRA, bf16, kept attention", f"{QWEN}-lora", {"checkpointing": "keep_attention", **CHECKPOINTED}),
+    Row(
+        "Wan 14B LoRA, 480 x 832 x 81, kept attention",
+        f"{WAN}-lora",
+        {"checkpointing": "keep_attention", **CLIP, **CHECKPOINTED},
+        warm_up=1,
+        steps=2,
+    ),
     Row("Qwen-Image LoRA, bf16, attention of cuDNN", f"{QWEN}-lora", {"attention": "cudnn", **CHECKPOINTED}),
     Row("Qwen-Image LoRA, bf16, FlashAttention", f"{QWEN}-lora", {"attention": "flash", **CHECKPOINTED}),
+    Row(
+        "Qwen-Image LoRA, bf16, every 2nd block kept", f"{QWEN}-lora", {"checkpointing": "keep_every_2", **CHECKPOINTED}
+    ),
     Row("Qwen-Image LoRA, bf16, nested checkpointing", f"{QWEN}-lora", {"checkpointing": "nested", **CHECKPOINTED}),
     Row("Qwen-Image LoRA, int8", f"{QWEN}-lora", CHECKPOINTED, "int8"),
     Row("FLUX.1 LoRA, fp8", f"{FLUX}-lora", CHECKPOINTED, "fp8"),
