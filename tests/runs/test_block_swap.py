@@ -35,6 +35,8 @@ KINDS: dict[str, tuple[dict[str, object], ...]] = {
         {"blocks_to_swap": 4},
         {"blocks_to_swap": 5, **IN_PARTS},
     ),
+    "attention kept": ({"checkpointing": "keep_attention", "mixed_precision": "bf16"}, {"blocks_to_swap": 4}),
+    "every 2nd block kept": ({"checkpointing": "keep_every_2", "fp8_models": [ENTRIES["dit"]]}, {"blocks_to_swap": 4}),
     "nf4": ({"quant_options": f"{ENTRIES['dit']}:nf4"}, {"blocks_to_swap": 4, **IN_PARTS}),
     "int8": ({"quant_options": f"{ENTRIES['dit']}:int8", "mixed_precision": "bf16"}, {"blocks_to_swap": 5}),
     "bf16": ({"mixed_precision": "bf16"}, {"blocks_to_swap": 4, **IN_PARTS}),

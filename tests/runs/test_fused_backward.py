@@ -86,6 +86,12 @@ def test_weights_of_parts_that_are_recomputed_once_more_are_updated_the_same(run
     check_equal(plain, run("swapped", **given, **nested, blocks_to_swap=2))
 
 
+@pytest.mark.parametrize("checkpointing", ["keep_attention", "keep_every_2"])
+def test_weights_of_blocks_of_which_more_is_kept_are_updated_the_same(run, checkpointing):
+    given = {**KINDS["full"], "use_gradient_checkpointing": True}
+    check_equal(run("plain", **given), run("fused", **given, **FUSED, checkpointing=checkpointing))
+
+
 BF16 = {"recipe": "qwen-image-full", "learning_rate": 1e-3, "mixed_precision": "bf16", "trained_dtype": "bf16"}
 
 
