@@ -106,7 +106,10 @@ def test_any_fault_in_a_step_saves_the_steps_before_it(run, out, tmp_path, says)
     check_goes_on(run, out, tmp_path)
 
 
-def test_a_cached_encoding_that_is_lost_while_training(run, out, tmp_path):
+def test_a_cached_encoding_that_is_lost_while_training(run, out, tmp_path, monkeypatch):
+    """One that does not fit in the memory in which encodings stay."""
+    monkeypatch.setattr("diffsynth_core.training.loader.KEPT_ENCODINGS", 0)
+
     def lose() -> None:
         for part in plan_encodings(run.plan, SilentReporter()).encoders:
             for key in part.keys.values():
