@@ -15,6 +15,7 @@ DIT = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
         (("--fused_backward",), names("compile", "fused_backward", "all of its gradients"), names("--compile", "--fused_backward")),
         (("--use_gradient_checkpointing_offload",), names("compile", "use_gradient_checkpointing_offload"), names("--compile")),
         (("--use_gradient_checkpointing", "--checkpointing", "nested"), names("compile", "nested"), names("--compile", "--checkpointing full")),
+        (("--use_gradient_checkpointing", "--checkpointing", "keep_attention"), names("compile", "keep_attention"), names("--compile", "--checkpointing full")),
         (("--quant_options", f"{DIT}:nf4"), names("compile", "nf4", "dit"), names("int8", "fp8", "--compile")),
     ],
 )  # fmt: skip

@@ -11,6 +11,8 @@ from diffsynth_core.errors import Problem
 from diffsynth_core.planning.model_plan import ModelPlan
 
 REMEDY = "remove `--compile`"
+INSIDE_BLOCKS = {"nested": "recomputes parts", "keep_attention": "keeps the output of attention"}
+"""Kind of gradient checkpointing -> what it does inside of blocks."""
 SWAPPED = "fetches the weights of each layer when it computes: a compiled block computes as a whole"
 
 
@@ -32,8 +34,9 @@ def contradictions(parameters: Parameters, model: ModelPlan) -> Iterator[Problem
     if denoiser in model.components and model.components[denoiser].storage.partition("/")[0] == "nf4":
         what = f"`compile` is set, but bitsandbytes widens the nf4 weights of {denoiser} outside of what is compiled"
         yield Problem(what, f"quantize them to int8 or fp8, or {REMEDY}", wrong_use=True)
-    if parameters.checkpointing == "nested":
-        what = "`compile` does not go with `checkpointing` `nested`, which recomputes parts of a block: it is compiled whole"
+    if parameters.checkpointing in INSIDE_BLOCKS:
+        reason = f"{INSIDE_BLOCKS[parameters.checkpointing]} of a block: it is compiled whole"
+        what = f"`compile` does not go with `checkpointing` `{parameters.checkpointing}`, which {reason}"
         yield Problem(what, f"{REMEDY}, or pass `--checkpointing full`", wrong_use=True)
     reasons = {
         "blocks_to_swap": SWAPPED,
