@@ -9,9 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffsynth_core.models.compilation import compile_blocks
 from tests.parity.float8_runs import RECIPES, Step, plan_step
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor"
-)  # PyTorch hides it, if it may be shown
+pytestmark = [  # PyTorch hides the first, if it may be shown, and the second is about its own code
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+]
 CASES = [
     (family, method, False) for family, method in [*((family, None) for family in RECIPES), ("qwen-image", "int8")]
 ]
