@@ -27,6 +27,7 @@ from diffsynth_cli.text.estimate import (
     verdict_line,
 )
 from diffsynth_cli.text.plan import WARNING, parameter_lines, plan_lines, warning_lines
+from diffsynth_cli.text.probe import probe_lines
 from diffsynth_cli.text.summary import ALL, summary_lines
 from diffsynth_cli.text.wrapping import terminal_width, wrap_line
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
@@ -241,7 +242,12 @@ def _announce(stage: str | None, plan: "RunPlan", reporter: ConsoleReporter) -> 
 
 
 def _show_result(result: StageResult, reporter: ConsoleReporter) -> None:
-    if result.encoded:
+    if result.probed:
+        for line in ([f"Stage       {result.stage}"] if result.stage else []) + list(
+            probe_lines(result.plan, result.probed)
+        ):
+            reporter.result(line)
+    elif result.encoded:
         _show_encoded(result.stage, result.encoded, result.plan, reporter)
     elif result.checkpoint:
         from diffsynth_core.training.checkpointing import conversion_hint

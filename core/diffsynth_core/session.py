@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffsynth_core.planning.plan import RunPlan
     from diffsynth_core.rehearsal.rehearse import Rehearsal
     from diffsynth_core.stop import StopRequest
+    from diffsynth_core.training.probe import Probed
 
 Plans = Mapping[str | None, "RunPlan"]
 """Stage name (None without stages) -> its plan, in the order of execution."""
@@ -45,7 +46,8 @@ Announce = Callable[[str | None, "RunPlan"], None]
 class StageResult:
     """What a stage wrote.
 
-    `checkpoint`: its last checkpoint; None in all processes but the first, and where the output is `encoded`.
+    `checkpoint`: its last checkpoint; None in all processes but the first, and where the output is `encoded`, or
+    nothing but what was `probed`.
     """
 
     stage: str | None
@@ -53,6 +55,7 @@ class StageResult:
     folder: Path
     checkpoint: Path | None = None
     encoded: "EncodedSamples | None" = None
+    probed: "Probed | None" = None
 
 
 class Session:
@@ -234,12 +237,16 @@ class Session:
         return with_chosen_blocks(make_plan(resolved, reporter, self.world_size, base, without_files))
 
     def _carry_out(self, stage: str | None, plan: "RunPlan", stop: "StopRequest") -> StageResult:
-        """Train, or precompute encodings."""
+        """Train, precompute encodings, or probe."""
         if not plan.task.trains:
             from diffsynth_core.training.precompute import precompute
 
             encoded = precompute(plan, self.reporter, stop)
             return StageResult(stage, plan, encoded.folder, encoded=encoded)
+        if plan.parameters.probe:
+            from diffsynth_core.training.probe import probe
+
+            return StageResult(stage, plan, plan.parameters.output_path, probed=probe(plan, self.reporter, stop))
         from diffsynth_core.training.loop import train
 
         result = train(plan, self.reporter, stop)

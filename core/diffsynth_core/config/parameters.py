@@ -397,6 +397,19 @@ class Parameters(BaseModel):
         in_recipes=False,
         rehearsal="own",
     )
+    probe: Integer | None = _setting(
+        None,
+        "run",
+        "int",
+        "Measure this many steps of the largest micro-batches, print speed, time and cost of the whole run and the memory on a GPU, and stop; nothing is written but the encodings of these samples",
+        changes="nothing",
+        unit="optimizer steps",
+        documented=False,
+        in_recipes=False,
+        listed=False,
+        rehearsal="own",
+        ge=1,
+    )
     price_per_hour: Number | None = _setting(
         None,
         "run",

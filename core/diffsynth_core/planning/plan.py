@@ -28,6 +28,7 @@ from diffsynth_core.planning.optimizer_choice import (
     rate_warnings,
 )
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
+from diffsynth_core.planning.probing import probe_problems
 from diffsynth_core.planning.recomputation import recomputation_problems
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
@@ -172,6 +173,7 @@ def make_plan(
         steps = _step_plan(parameters, samples, world_size) if samples else None
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache))
+        report(*probe_problems(parameters))
         fingerprint = None
         if encoded:
             fingerprint = encoded.origin.dataset_fingerprint

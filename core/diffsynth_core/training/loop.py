@@ -116,6 +116,18 @@ def _open_run(
         raise DiffSynthError(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
+    plan, model, engine = load_for_steps(plan, accelerator, reporter, stop, make_engine)
+    return Run(plan, model, accelerator, reporter, engine, observers, pace)
+
+
+def load_for_steps(
+    plan: RunPlan,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    stop: StopRequest,
+    make_engine: MakeEngine | None = None,
+) -> tuple[RunPlan, TrainingModule, Engine]:
+    """Fill the cache and load what a step needs; return it with the plan that knows the encodings."""
     check_compilations(plan)
     family = load_family(plan.model.facts.name)
     plan = with_encodings(plan, reporter)
@@ -126,7 +138,7 @@ def _open_run(
     engine = make_engine(accelerator, plan.parameters.max_grad_norm)
     model = build_training_module(plan, family, accelerator.device, reporter, engine.place)
     stop.raise_if_set()
-    return Run(plan, model, accelerator, reporter, engine, observers, pace)
+    return plan, model, engine
 
 
 def make_accelerator(plan: RunPlan) -> Accelerator:

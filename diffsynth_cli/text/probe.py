@@ -1,0 +1,27 @@
+"""What a probe measured, as text."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from diffsynth_cli.text.plan import format_size
+from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.progress import format_duration, format_memory, pluralize
+
+if TYPE_CHECKING:
+    from diffsynth_core.training.probe import Probed
+
+
+def probe_lines(plan: RunPlan, probed: "Probed") -> Iterator[str]:
+    """Speed, time and cost of the whole run, and memory, one line each."""
+    price, steps = plan.parameters.price_per_hour, plan.data.steps.total_steps
+    shapes = " and ".join(map(format_size, probed.shapes))
+    yield f"Probed      {pluralize(len(probed.step_seconds), 'step')} of {probed.batch} x {shapes} per micro-batch"
+    yield f"Speed       {probed.mean_seconds:.3g} s a step, {probed.samples / probed.mean_seconds:.3g} samples/s"
+    yield f"Run         about {format_duration(probed.run_seconds)} for {pluralize(steps, 'step')} at this speed, without encoding"
+    if price is not None:
+        yield f"Cost        {price * probed.run_seconds / 3600:.2f}"
+    estimated = f"the estimate is {format_memory(probed.estimated)}"
+    if probed.peak is None:
+        yield f"Memory      not measured on a CPU; {estimated}"
+    else:
+        yield f"Memory      {format_memory(probed.peak)} peak; {estimated}"
