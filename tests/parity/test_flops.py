@@ -24,7 +24,7 @@ from diffsynth_core.progress import SilentReporter
 
 WITHIN = 0.02
 BLOCKS = 8
-"""Of each kind; the formula counts a few gradients of the first and the last block that are not needed."""
+"""Of each kind, at most; the formula counts a few gradients of the first and the last block that are not needed."""
 IMAGE = ((1, 1024, 1024),)
 CLIP = ((81, 480, 832),)
 RECIPES = {
@@ -72,10 +72,9 @@ def counted(plan: RunPlan, sizes: StepSizes) -> float:
     family = load_family(plan.model.facts.name)
     modules = {}
     for name in step_components(plan):
-        config = {
-            **plan.model.published[name].config,
-            **dict.fromkeys(plan.model.facts.component(name).blocks.values(), BLOCKS),
-        }
+        published = plan.model.published[name].config
+        lists = plan.model.facts.component(name).blocks.values()
+        config = {**published, **{blocks: min(BLOCKS, published[blocks]) for blocks in lists}}
         with torch.device("meta"):
             module = modules[name] = family.build(name, config)
         rank = plan.parameters.lora_rank
