@@ -175,17 +175,20 @@ def expert_line(expert: str, low: float, high: float) -> tuple[object, ...]:
 
 
 def test_the_documented_lines_of_both_experts_run_as_they_are(train, monkeypatch):
-    """Without a recipe, each in its range of the timestep table, with the results of the recipe's stages."""
+    """Without a recipe, each in its range of the timestep table, with the results of the recipe's stages.
+
+    The trial before the steps draws once as well.
+    """
     from diffsynth_core.training.timesteps import TIMESTEPS
 
     drawn: list[int] = []
     real = TIMESTEPS["uniform"]
     monkeypatch.setitem(TIMESTEPS, "uniform", lambda *draw: drawn.append(real(*draw)) or drawn[-1])
     train(*expert_line("high", 0, 0.417), "--output_path", "high", "--max_steps", 20)
-    assert len(drawn) == 20 and all(0 <= timestep < 417 for timestep in drawn)
+    assert len(drawn) == 21 and all(0 <= timestep < 417 for timestep in drawn)
     drawn.clear()
     train(*expert_line("low", 0.417, 1), "--output_path", "low", "--max_steps", 20)
-    assert len(drawn) == 20 and all(417 <= timestep < 1000 for timestep in drawn)
+    assert len(drawn) == 21 and all(417 <= timestep < 1000 for timestep in drawn)
     train("--recipe", "wan2.2-t2v-a14b-lora", "--lora_rank", 4, "--output_path", "both", "--max_steps", 20)
     for stage in ("high", "low"):
         one, other = (sorted(Path(folder).glob("epoch-*.safetensors"))[-1] for folder in (stage, f"both/{stage}"))

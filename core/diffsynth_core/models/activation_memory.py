@@ -207,7 +207,7 @@ def measure_step(
         device: cpu or cuda: autocast and norms differ between them.
     """
     modules = {name: _build(family, name, component) for name, component in components.items()}
-    mode = Autocast(device, autocast)
+    mode = Autocast(device, autocast, any(each.recomputation.keeps_attention for each in components.values()))
     recorder = _Recorder(family, modules, components)
     for name, module in modules.items():
         _call_blocks_with(module, partial(recorder.call_block, mode, components[name].recomputation))

@@ -72,17 +72,19 @@ class Autocast(TorchFunctionMode):
 
     Args:
         dtype: of autocast; None: autocast is off.
+        keeps_attention: whether to keep what attention returns.
 
     Attributes:
-        attention: what each call of attention has returned, and its float32 number for each query.
+        attention: of each call, if kept: what it returned, and its float32 number for each query.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype | None) -> None:
+    def __init__(self, device: str, dtype: torch.dtype | None, keeps_attention: bool = False) -> None:
         super().__init__()
         self._dtype, self._fused = dtype, device != "cpu"
         self._low = LOW_PRECISION if dtype else frozenset[str]()
         self._float32 = FLOAT32[device] if dtype else frozenset[str]()
         self._weights: dict[Tensor, Tensor] = {}
+        self._keeps_attention = keeps_attention
         self.attention: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -105,8 +107,10 @@ class Autocast(TorchFunctionMode):
         elif name in self._float32:
             args, kwargs = tree_map(_raise, (tuple(args), kwargs))
         if name == "scaled_dot_product_attention":
-            self.attention.append(_attention(*args, **kwargs))
-            return self.attention[-1][0]
+            result, sums = _attention(*args, **kwargs)
+            if self._keeps_attention:
+                self.attention.append((result, sums))
+            return result
         if name == "rms_norm" and self._fused:
             return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)

@@ -68,6 +68,8 @@ TAKEN = [
     ("blocks_to_swap", "auto", "auto"),
     ("blocks_to_swap", "16", 16),
     ("blocks_to_swap", 0, 0),
+    ("max_time", " 3h50m ", "3h50m"),
+    ("max_time", "1.5h", "1.5h"),
     ("gpu_memory", " 24GB ", "24GB"),
     ("gpu_memory", "79.6 gib", "79.6 gib"),
 ]
@@ -104,6 +106,7 @@ REFUSED = [
         for value in ("nf4", "a:", ":nf4", "a:/q", "[]:nf4", "[1]:nf4", "[a:nf4", None, 3, ["a:nf4"])
     ),
     *(("blocks_to_swap", value) for value in ("", "all", -1, "-1", 1.5, True, None, [1], 2**60)),
+    *(("max_time", value) for value in ("20", 20, "", "h", "-1h", "0s", "5m3h", "3:50")),
     *(("gpu_memory", value) for value in ("24", 24, "", "GB", "-1GB", "24 TB", "1.GB")),
 ]
 
