@@ -164,21 +164,18 @@ def make_plan(
         if task.encodes and not found and resolved.origin("dataset_base_path").is_given:
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
-        _check_updates(parameters, optimizer, mixed_precision, world_size)
-        _check_attention(parameters, found, device, mixed_precision)
-        _check_compilation(
-            resolved.parameters, found, device
-        )  # as given: `parameters` has the number of blocks to swap
+        if task.trains:
+            _check_updates(parameters, optimizer, mixed_precision, world_size)
+            if found:
+                _check_attention(parameters, found, device, mixed_precision)
+                # As given: `parameters` has the number of blocks to swap.
+                _check_compilation(resolved.parameters, found, device)
         report(*(shape_faults(found) if found else []))
         steps = _step_plan(parameters, samples, world_size) if samples else None
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache))
         report(*probe_problems(parameters))
-        fingerprint = None
-        if encoded:
-            fingerprint = encoded.origin.dataset_fingerprint
-        elif samples and not no_dataset:
-            fingerprint = dataset_fingerprint(parameters, samples)
+        fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
         start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter)
     missing = tuple(problems.missing) if without_files else ()
     if resolved.problems or problems or not (found and training and samples and steps):
@@ -200,6 +197,13 @@ def make_plan(
             *(rate_warnings(parameters, optimizer) if task.trains else ()),
         ),
     )
+
+
+def _fingerprint(parameters: Parameters, encoded: EncodedSamples | None, samples: SampleSet | None) -> str | None:
+    """Return the fingerprint of the dataset; None if there is none."""
+    if encoded:
+        return encoded.origin.dataset_fingerprint
+    return dataset_fingerprint(parameters, samples) if samples else None
 
 
 def _unread_lora(parameters: Parameters, found: ModelPlan, training: Training) -> Iterator[Problem]:
@@ -288,8 +292,6 @@ def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, mixed_pre
     """Report why weights cannot be updated in the dtype, or at the time and place, that the parameters name, and why
     activations cannot be recomputed.
     """
-    if not TASKS[parameters.task].trains:
-        return
     # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
     for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
     for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
@@ -297,19 +299,17 @@ def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, mixed_pre
     report(*update_problems(parameters, optimizer, mixed_precision, world_size), *recomputation_problems(parameters))
 
 
-def _check_attention(parameters: Parameters, found: ModelPlan | None, device: str, mixed_precision: str) -> None:
+def _check_attention(parameters: Parameters, found: ModelPlan, device: str, mixed_precision: str) -> None:
     """Report why attention cannot be computed by the kernel that the parameters name."""
-    if found is None or not TASKS[parameters.task].trains:
-        return
     if parameters.dry_run and parameters.device is None:  # planned for a GPU, whatever this machine has
         device, mixed_precision = "cuda", parameters.mixed_precision or "bf16"
     for problem in attention_problems(parameters, found.facts, device, mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)
 
 
-def _check_compilation(parameters: Parameters, found: ModelPlan | None, device: str) -> None:
+def _check_compilation(parameters: Parameters, found: ModelPlan, device: str) -> None:
     """Report why blocks cannot be compiled; a dry run without a device says nothing of a machine that is not this."""
-    if not parameters.compile or found is None or not TASKS[parameters.task].trains:
+    if not parameters.compile:
         return
     report(*contradictions(parameters, found))
     if not (parameters.dry_run and parameters.device is None):
