@@ -20,7 +20,7 @@ from diffsynth_cli.printing import echo
 from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
-from diffsynth_core.planning.device import sharded_launch
+from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_of_configuration
 from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.stop import FINISHING
 
@@ -30,8 +30,6 @@ LAUNCHERS = (LAUNCHER[-1], "accelerate.commands.launch")
 """Modules that start processes: our launcher and the one it builds on."""
 STARTED_ALONE = ("NO", "MULTI_CPU")
 """Values of `distributed_type` in an accelerate configuration for which its launcher starts a single process."""
-SHARDED_KINDS = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
-"""Values of `distributed_type` that shard weights, gradients or optimizer states."""
 UNCONFIGURED = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 """Defaults that the launcher would use, with a warning, without a configuration; the plan decides the precision."""
 
@@ -110,21 +108,18 @@ def default_config() -> Path:
     return Path(home) / "accelerate" / "default_config.yaml"
 
 
-def processes_asked(num_processes: int | None, accelerate_config: str | None) -> int:
-    """The number of processes requested by the flags; 1 without flags, whatever the user's default configuration
-    states.
+def launch_asked(num_processes: int | None, accelerate_config: str | None) -> tuple[int, EngineChoice]:
+    """The number of processes requested by the flags, and their engine; one process without flags, whatever the user's
+    default configuration states.
 
     Raises:
-        DiffSynthError: if the configuration is missing, or requests what is not supported.
+        DiffSynthError: if the configuration is missing.
     """
     if not accelerate_config and num_processes in (None, 1):
-        return 1
+        return 1, REPLICATED
     path = find_config(accelerate_config)
     settings = read_yaml(path) if path else {}
-    engine = SHARDED_KINDS.get(str(settings.get("distributed_type")))
-    if engine:
-        raise FaultsFound([sharded_launch(engine, f"`{path}` launches")])
-    return num_processes or int(settings.get("num_processes", 1))
+    return num_processes or int(settings.get("num_processes", 1)), engine_of_configuration(settings, str(path))
 
 
 def needs_launch(processes: int, accelerate_config: str | None) -> bool:

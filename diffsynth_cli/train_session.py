@@ -36,6 +36,7 @@ from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import EXIT_DOES_NOT_FIT, DiffSynthError, FaultsFound, OutOfTime, Problem, raise_if_any
 from diffsynth_core.hub.download_plan import DownloadPlan
+from diffsynth_core.planning.engines import engine_of_environment
 from diffsynth_core.progress import format_bytes, pluralize
 from diffsynth_core.session import Plans, Session, StageResult
 
@@ -57,10 +58,10 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     try:
         if launching.is_launched():
             launching.check_world_size(first.num_processes)
-            world_size = launching.world_size()
+            world_size, engine = launching.world_size(), engine_of_environment(os.environ)
         else:
-            world_size = launching.processes_asked(first.num_processes, first.accelerate_config)
-        session = Session(stages, reporter, world_size)
+            world_size, engine = launching.launch_asked(first.num_processes, first.accelerate_config)
+        session = Session(stages, reporter, world_size, engine)
         if first.dry_run:
             return _show_plans(session, reporter)
         if launching.is_launched():

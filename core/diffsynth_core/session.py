@@ -10,6 +10,7 @@ The command line is one user of it, and a notebook another:
         print(result.checkpoint)
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from diffsynth_core.hub.download import download_missing
 from diffsynth_core.hub.download_plan import DownloadPlan
 from diffsynth_core.hub.model_files import MissingFiles, missing_in_one
 from diffsynth_core.planning.dataset import MissingDataset
+from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_of_environment
 from diffsynth_core.planning.required_files import files_of_stages
 from diffsynth_core.progress import Reporter, SilentReporter, Task
 
@@ -61,13 +63,20 @@ class StageResult:
 class Session:
     """The runs of one command: a run, or one for each stage.
 
-    `world_size`: the number of processes that train together, of which this is one.
+    `world_size`: the number of processes that train together, of which this is one. `engine`: what distributes a step
+    over them.
     """
 
-    def __init__(self, stages: Sequence[Resolved], reporter: Reporter | None = None, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Resolved],
+        reporter: Reporter | None = None,
+        world_size: int = 1,
+        engine: EngineChoice = REPLICATED,
+    ) -> None:
         self.stages = stages
         self.reporter: Reporter = reporter or SilentReporter()
-        self.world_size = world_size
+        self.world_size, self.engine = world_size, engine
 
     @classmethod
     def of(cls, reporter: Reporter | None = None, **parameters: Any) -> "Session":
@@ -76,7 +85,8 @@ class Session:
         Problems with their values are raised by `plan`, together with all others.
         """
         stages = resolve_stages(parameters)
-        return cls([replace(one, problems=(*one.problems, *_launch_problems(one))) for one in stages], reporter)
+        own = [replace(one, problems=(*one.problems, *_launch_problems(one))) for one in stages]
+        return cls(own, reporter, engine=engine_of_environment(os.environ))
 
     def plan(self, without_files: bool = False, reporter: Reporter | None = None) -> Plans:
         """Plan all stages, so that their problems come in one report; completed stages are left out.
@@ -231,10 +241,12 @@ class Session:
             from diffsynth_core.planning.fitted import make_it_fit
 
             def plan_of(changed: Resolved) -> "RunPlan":
-                return make_plan(changed, SilentReporter(), self.world_size, base, without_files=True)
+                return make_plan(
+                    changed, SilentReporter(), self.world_size, base, without_files=True, engine=self.engine
+                )
 
             resolved = make_it_fit(resolved, plan_of)
-        return with_chosen_blocks(make_plan(resolved, reporter, self.world_size, base, without_files))
+        return with_chosen_blocks(make_plan(resolved, reporter, self.world_size, base, without_files, self.engine))
 
     def _carry_out(self, stage: str | None, plan: "RunPlan", stop: "StopRequest") -> StageResult:
         """Train, precompute encodings, or probe."""

@@ -248,8 +248,9 @@ def test_target_modules_that_match_nothing(refuse):
 
 
 @pytest.mark.parametrize(
-    ("variable", "engine"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
+    ("variable", "engine"),
+    [("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"), ("ACCELERATE_USE_FSDP", "version 1 of FSDP")],
 )
-def test_engines_that_share_weights_out_are_refused(refuse, monkeypatch, variable, engine):
+def test_engines_that_do_not_exist_here_are_refused(refuse, monkeypatch, variable, engine):
     monkeypatch.setenv(variable, "true")
-    assert refuse() == (2, [(names(engine, "not supported"), names("recipes/accelerate/ddp.yaml"))])
+    assert refuse() == (2, [(names(engine), names("accelerate_config"))])

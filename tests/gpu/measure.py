@@ -35,7 +35,7 @@ from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.randomness import key_of
 from diffsynth_core.rehearsal.preparation import prepare
-from diffsynth_core.training.engine import FusedEngine, ReplicatedEngine
+from diffsynth_core.training.engines import make_engine
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loop import make_accelerator, make_optimizer
 from diffsynth_core.training.model import build_training_module
@@ -150,8 +150,7 @@ def take_steps(row: Row, plan: RunPlan, outcome: Outcome) -> Outcome:
     sizes = find_workload(plan).largest
     plan = with_one_sample(plan, sizes)
     family, accelerator = load_family(plan.model.facts.name), make_accelerator(plan)
-    make_engine = FusedEngine if plan.parameters.fused_backward else ReplicatedEngine
-    engine = make_engine(accelerator, plan.parameters.max_grad_norm)
+    engine = make_engine(plan, accelerator)
     with patch.object(loading, "iterate_weights", partial(draw_weights, accelerator.device)):
         model = build_training_module(plan, family, accelerator.device, SilentReporter(), engine.place)
     engine.prepare(model, partial(make_optimizer, plan))

@@ -131,7 +131,7 @@ def test_no_more_is_on_the_device_than_the_estimate_says(plan, monkeypatch, numb
     made = plan(blocks_to_swap=number, mixed_precision=precision, max_steps=1, **flags)
     seen: list[tuple[int, int]] = []
     models = []
-    write, fetch = loop.write_checkpoint, BlockSwap.fetch
+    content, fetch = loop.checkpoint_content, BlockSwap.fetch
 
     def counting(self, layer):
         found = fetch(self, layer)
@@ -140,7 +140,7 @@ def test_no_more_is_on_the_device_than_the_estimate_says(plan, monkeypatch, numb
 
     monkeypatch.setattr(BlockSwap, "fetch", counting)
     monkeypatch.setattr(
-        loop, "write_checkpoint", lambda plan, model, *rest: models.append(model) or write(plan, model, *rest)
+        loop, "checkpoint_content", lambda plan, model, *rest: models.append(model) or content(plan, model, *rest)
     )
     run(made)
     dit = models[0].components["dit"]

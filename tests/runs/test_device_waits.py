@@ -15,7 +15,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.engine import ReplicatedEngine
+from diffsynth_core.training.engines.replicated import ReplicatedEngine
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.observers import Observer, StepReport
 

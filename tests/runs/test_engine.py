@@ -12,7 +12,9 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.engine import Engine, ReplicatedEngine
+from diffsynth_core.training.engines import make_engine
+from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.engines.replicated import ReplicatedEngine
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.observers import Observer, StepReport
 
@@ -21,11 +23,11 @@ from diffsynth_core.training.observers import Observer, StepReport
 def run(tiny_models: Path, photographs: Path, tmp_path: Path):
     """Train a LoRA of two steps in a folder of this name, with an engine and observers."""
 
-    def run(name: str, make_engine=ReplicatedEngine, observers=(), **more: object) -> Path:
+    def run(name: str, open_engine=make_engine, observers=(), **more: object) -> Path:
         flags = {"recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "max_steps": 2, "device": "cpu",
                  "dataset_num_workers": 0, "lora_rank": 4, "output_path": str(tmp_path / name), **more}  # fmt: skip
         plan = make_plan(resolve(flags), SilentReporter(), base=tiny_models)
-        train(plan, SilentReporter(), StopRequest(), make_engine=make_engine, observers=observers)
+        train(plan, SilentReporter(), StopRequest(), open_engine=open_engine, observers=observers)
         return tmp_path / name
 
     return run
@@ -37,8 +39,8 @@ class Counting(Engine):
     calls: ClassVar[list[str]] = []
     placed: ClassVar[set[tuple[int, str]]] = set()
 
-    def __init__(self, accelerator, max_grad_norm) -> None:
-        self._inner = ReplicatedEngine(accelerator, max_grad_norm)
+    def __init__(self, plan, accelerator) -> None:
+        self._inner = ReplicatedEngine(accelerator, plan.parameters.max_grad_norm)
 
     def _called(self, name: str, *arguments: object):
         Counting.calls.append(name)
@@ -82,6 +84,13 @@ class Counting(Engine):
     @property
     def updating(self):
         return self._inner.updating
+
+    @property
+    def gathers(self):
+        return self._inner.gathers
+
+    def whole(self, tensor):
+        return self._inner.whole(tensor)
 
     def state(self):
         return self._called("state")

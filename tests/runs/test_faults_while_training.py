@@ -158,7 +158,7 @@ def test_an_output_folder_that_goes_away_is_noticed(run, out, tmp_path, renamed,
 
 def diverge(run: Callable[..., Meddler], monkeypatch: pytest.MonkeyPatch, **more: str) -> str:
     """A run with a non-finite gradient in its fourth step."""
-    from diffsynth_core.training.engine import ReplicatedEngine
+    from diffsynth_core.training.engines.replicated import ReplicatedEngine
 
     measure, calls = ReplicatedEngine.gradient_norm, itertools.count(1)
     with monkeypatch.context() as patch, pytest.raises(DiffSynthError) as caught:

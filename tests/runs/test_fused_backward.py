@@ -18,7 +18,7 @@ from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.engine import FusedEngine
+from diffsynth_core.training.engines.fused import FusedEngine
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.model import TrainingModule
 from tests.parity.float8_runs import plan_step

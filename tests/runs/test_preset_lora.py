@@ -120,9 +120,9 @@ def test_the_stored_scale_is_merged(tiny_families, tmp_path, family, lora_format
 def trained_model(monkeypatch) -> list[Any]:
     """Return the model of a run at the time of its checkpoint."""
     seen: list[Any] = []
-    write = loop.write_checkpoint
+    content = loop.checkpoint_content
     monkeypatch.setattr(
-        loop, "write_checkpoint", lambda plan, model, *rest: seen.append(model) or write(plan, model, *rest)
+        loop, "checkpoint_content", lambda plan, model, *rest: seen.append(model) or content(plan, model, *rest)
     )
     return seen
 

@@ -220,7 +220,7 @@ def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named)
     """SIGTERM to this process in the third step; if the folder was named, it is in use by then."""
     import signal
 
-    from diffsynth_core.training.engine import ReplicatedEngine
+    from diffsynth_core.training.engines.replicated import ReplicatedEngine
 
     real, calls = ReplicatedEngine.gradient_norm, []
 

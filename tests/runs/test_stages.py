@@ -53,7 +53,7 @@ def contents() -> dict[str, int]:
 
 def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Send SIGTERM to this process at the end of a step, counted over all stages: the next step is the last one."""
-    from diffsynth_core.training.engine import ReplicatedEngine
+    from diffsynth_core.training.engines.replicated import ReplicatedEngine
 
     real, calls = ReplicatedEngine.gradient_norm, []
 
@@ -248,7 +248,7 @@ def test_a_stop_in_the_last_step_of_a_stage_begins_no_other(train, monkeypatch):
 
 
 def test_a_failure_in_the_first_stage_begins_no_other(train, monkeypatch):
-    from diffsynth_core.training.engine import ReplicatedEngine
+    from diffsynth_core.training.engines.replicated import ReplicatedEngine
 
     monkeypatch.setattr(ReplicatedEngine, "gradient_norm", lambda self: torch.tensor(torch.nan))
     outcome = train()

@@ -17,7 +17,7 @@ from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop
-from diffsynth_core.training.engine import ReplicatedEngine
+from diffsynth_core.training.engines.replicated import ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.training.trial import is_out_of_memory
@@ -118,7 +118,7 @@ def test_a_micro_batch_that_does_not_fit_is_told_with_what_takes_less(cli, photo
 LIMITED = """
 import resource, sys
 from diffsynth_cli.main import main
-from diffsynth_core.training.engine import ReplicatedEngine
+from diffsynth_core.training.engines.replicated import ReplicatedEngine
 
 try_out = ReplicatedEngine.try_out
 

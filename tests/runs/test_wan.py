@@ -202,7 +202,7 @@ def test_only_one_expert_is_in_memory(train, monkeypatch, task):
 
     from diffusers import WanTransformer3DModel
 
-    from diffsynth_core.training.engine import ReplicatedEngine
+    from diffsynth_core.training.engines.replicated import ReplicatedEngine
 
     alive = []
     real = ReplicatedEngine.gradient_norm

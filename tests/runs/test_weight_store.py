@@ -79,9 +79,11 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The transformers of runs."""
     monkeypatch.setitem(STORES, "int8", Int8())
     seen: list[nn.Module] = []
-    write = loop.write_checkpoint
+    content = loop.checkpoint_content
     monkeypatch.setattr(
-        loop, "write_checkpoint", lambda plan, model, *rest: seen.append(model.components["dit"]) or write(plan, model, *rest)
+        loop,
+        "checkpoint_content",
+        lambda plan, model, *rest: seen.append(model.components["dit"]) or content(plan, model, *rest),
     )  # fmt: skip
     return seen
 

@@ -10,7 +10,7 @@ gradients, as in `[Bq; Bk; Bv] A`.
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,10 +158,17 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
 
 
-def lora_weights(model: nn.Module, public_keys: KeyMap = SAME_NAMES) -> dict[str, LoraWeights]:
-    """The LoRA of every module that has one, by its public name."""
+def lora_weights(
+    model: nn.Module, public_keys: KeyMap = SAME_NAMES, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, LoraWeights]:
+    """The LoRA of every module that has one, by its public name.
+
+    `whole` is applied to each matrix of the model.
+    """
     return {
-        module: LoraWeights(a, public_keys.fuse(f"{module}.weight", parts))
+        module: LoraWeights(
+            whole(a), public_keys.fuse(f"{module}.weight", {name: whole(part) for name, part in parts.items()})
+        )
         for module, (a, parts) in _matrices(model, public_keys).items()
     }
 

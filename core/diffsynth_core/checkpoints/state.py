@@ -93,33 +93,50 @@ def restore_state(
     Raises:
         DiffSynthError: if the state cannot be read, or belongs to other parameters.
     """
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    weights, moments = read_state(state, loop_state, shapes, len(optimizer.param_groups))
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    _restore_optimizer(trained, optimizer, moments, loop_state.optimizer)
+
+
+def read_state(
+    state: Path, loop_state: LoopState, shapes: Mapping[str, tuple[int, ...]], groups: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the whole weights and moments of a state, which stay in the file until they are used.
+
+    Args:
+        shapes: of the parameters that train, whole.
+        groups: number of the optimizer's parameter groups.
+
+    Raises:
+        DiffSynthError: if the state cannot be read, or belongs to other parameters.
+    """
     try:
         weights, moments = load_file(state / TRAINED), load_file(state / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise DiffSynthError(
             f"cannot read the state `{state}`: {error}", "rerun the command: it resumes from another state"
         ) from error
-    if weights.keys() != trained.keys():
+    if weights.keys() != shapes.keys():
         raise DiffSynthError(
-            f"the state `{state}` has {pluralize(len(weights), 'trained tensor')}, but this run has {len(trained)}",
+            f"the state `{state}` has {pluralize(len(weights), 'trained tensor')}, but this run has {len(shapes)}",
             "resume with the original parameters of the run",
         )
-    wrong = [name for name, parameter in trained.items() if weights[name].shape != parameter.shape]
+    wrong = [name for name, shape in shapes.items() if weights[name].shape != shape]
     if wrong:
         raise DiffSynthError(
-            f"the state `{state}` has `{wrong[0]}` with shape {list(weights[wrong[0]].shape)}, but this run has {list(trained[wrong[0]].shape)}",
+            f"the state `{state}` has `{wrong[0]}` with shape {list(weights[wrong[0]].shape)}, but this run has {list(shapes[wrong[0]])}",
             "resume with the original parameters of the run",
         )
-    unknown = [name for name in _names_in(moments, loop_state.optimizer) if name not in trained]
-    if unknown or len(loop_state.optimizer.groups) not in (0, len(optimizer.param_groups)):
+    unknown = [name for name in _names_in(moments, loop_state.optimizer) if name not in shapes]
+    if unknown or len(loop_state.optimizer.groups) not in (0, groups):
         raise DiffSynthError(
             f"the state `{state}` has the optimizer state of another run{f': `{unknown[0]}`' if unknown else ''}",
             "resume with the original parameters of the run",
         )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-    _restore_optimizer(trained, optimizer, moments, loop_state.optimizer)
+    return weights, moments
 
 
 def _names_in(moments: Mapping[str, Tensor], values: OptimizerValues) -> list[str]:

@@ -1,4 +1,4 @@
-"""Device, mixed precision and distribution of a run."""
+"""Device and mixed precision of a run."""
 
 import os
 
@@ -15,30 +15,6 @@ PRECISIONS_BY_DEVICE = {
     "npu": ("no", "bf16", "fp16"),
 }
 """Device type -> supported values of `mixed_precision`."""
-
-
-SHARDED_LAUNCHES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-"""Environment variable of `accelerate launch` -> engine that shards weights, gradients or optimizer state."""
-
-
-def check_launch() -> None:
-    """Report if the launcher uses sharding, which gradient norm, state and checkpoints do not support yet."""
-    for variable, engine in SHARDED_LAUNCHES.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            report(sharded_launch(engine, "launched"))
-
-
-def sharded_launch(engine: str, how: str) -> Problem:
-    """Return the problem of a launch, actual or planned, with an engine that shards weights."""
-    return Problem(
-        f"{how} with {engine}: sharding is not supported yet",
-        "use DDP (`recipes/accelerate/ddp.yaml`), or a single process",
-        wrong_use=True,
-    )
 
 
 def choose_device(parameters: Parameters) -> str:

@@ -18,8 +18,9 @@ from diffsynth_core.planning.block_swap import with_number_of_blocks
 from diffsynth_core.planning.compilation import compilation_problems, contradictions
 from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
-from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
+from diffsynth_core.planning.device import choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.encodings_plan import EncodingsPlan
+from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_problems
 from diffsynth_core.planning.lora_files import find_fused_lora
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.optimizer_choice import (
@@ -73,11 +74,13 @@ class Machine:
     Attributes:
         device: as torch names it.
         world_size: number of processes.
+        engine: what distributes a step over them.
     """
 
     device: str
     mixed_precision: str
     world_size: int = 1
+    engine: EngineChoice = REPLICATED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,7 @@ def make_plan(
     world_size: int = 1,
     base: Path | None = None,
     without_files: bool = False,
+    engine: EngineChoice = REPLICATED,
 ) -> RunPlan:
     """Plan a run: reads headers of weight files and images, and decodes the used part of each video once; reads no
     weights.
@@ -165,7 +169,7 @@ def make_plan(
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
         if task.trains:
-            _check_updates(parameters, optimizer, mixed_precision, world_size)
+            _check_updates(parameters, optimizer, mixed_precision, world_size, engine)
             if found:
                 _check_attention(parameters, found, device, mixed_precision)
                 # As given: `parameters` has the number of blocks to swap.
@@ -187,7 +191,7 @@ def make_plan(
         data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded),
         training=replace(training, optimizer=optimizer),
         output=OutputPlan(start=start, cache=cache),
-        machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size),
+        machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size, engine=engine),
         missing=missing,
         family_defaults=resolved.family_defaults,
         fitted=tuple(name for name, origin in resolved.origins.items() if origin.kind == "fit"),
@@ -243,7 +247,6 @@ def _find_components(
 
 def _choose_machine(parameters: Parameters, samples: SampleSet | None) -> tuple[str, str]:
     """Return device and mixed precision."""
-    check_launch()
     device = choose_device(parameters)
     mixed_precision = choose_precision(parameters, device)
     if samples and TASKS[parameters.task].trains:
@@ -288,15 +291,19 @@ def _choose_optimizer(resolved: Resolved, parameters: Parameters) -> OptimizerCh
     return choose_optimizer(parameters, resolved.origin("optimizer"), resolved.invalid)
 
 
-def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str, world_size: int) -> None:
-    """Report why weights cannot be updated in the dtype, or at the time and place, that the parameters name, and why
-    activations cannot be recomputed.
+def _check_updates(
+    parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str, world_size: int, engine: EngineChoice
+) -> None:
+    """Report why weights cannot be updated in the dtype, at the time and place, or by the engine that the run asks for,
+    and why activations cannot be recomputed.
     """
     # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
     for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
     for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
     report(*update_problems(parameters, optimizer, mixed_precision, world_size), *recomputation_problems(parameters))
+    for problem in engine_problems(parameters, optimizer, mixed_precision, engine):
+        (report if problem.wrong_use else report_missing)(problem)
 
 
 def _check_attention(parameters: Parameters, found: ModelPlan, device: str, mixed_precision: str) -> None:

@@ -1,7 +1,7 @@
 """The tensors and keys of checkpoints."""
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,22 +17,14 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.weights.dtypes import torch_dtype
+from diffsynth_core.weights.writing import LazyStateDict
+
+Whole = Callable[[Tensor], Tensor]
+"""Makes a tensor of the model whole, of which a process may hold a part."""
 
 
-class LazyStateDict(Mapping[str, Tensor]):
-    """Tensors that are computed on access and not kept: the fused matrices of FLUX.1 have 14 GB in total."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._makers = makers
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._makers[key]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -43,25 +35,31 @@ class CheckpointContent:
     dtypes: Mapping[str, torch.dtype]
 
 
-def checkpoint_content(plan: RunPlan, model: TrainingModule) -> CheckpointContent:
+def checkpoint_content(plan: RunPlan, model: TrainingModule, whole: Whole = _as_is) -> CheckpointContent:
     """Return the content of a checkpoint.
 
     Full weights: `pipe.<component>.<parameter>` for all parameters of components that train in full, and for those of
     the trained modules of other components, in the dtype of the base file. LoRA: the same with the suffixes of LoRA
     keys, or the keys of another format, in float32. `save_dtype` overrides both dtypes; `remove_prefix_in_ckpt` is
     removed from keys that start with it.
+
+    Args:
+        whole: applied to a tensor of the model at each access; to those of a LoRA now.
     """
     makers: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for component, module in model.components.items():
-        names, own = plan.model.components[component].layout.checkpoint_keys, _trained_tensors(plan, model, component)
+        names, own = (
+            plan.model.components[component].layout.checkpoint_keys,
+            _trained_tensors(plan, model, component, whole),
+        )
         stored = model.stored_dtypes[component]
         for name in names.to_sources(own):
             key = _key(plan, component, name)
             makers[key] = partial(names.fuse, name, own)
             dtypes[key] = torch_dtype(stored[(names.to_targets(name) or ())[0]])
         if component == plan.training.lora_component:
-            lora = _lora_tensors(plan, component, module)
+            lora = _lora_tensors(plan, component, module, whole)
             makers |= {key: partial(lora.__getitem__, key) for key in lora}
     if plan.parameters.save_dtype:
         dtypes = dict.fromkeys(makers, getattr(torch, plan.parameters.save_dtype))
@@ -78,22 +76,23 @@ def removed_prefix(parameters: Parameters) -> str:
     return strip_controlnet_index(parameters.remove_prefix_in_ckpt)
 
 
-def _trained_tensors(plan: RunPlan, model: TrainingModule, component: str) -> dict[str, Tensor]:
+def _trained_tensors(plan: RunPlan, model: TrainingModule, component: str, whole: Whole) -> Mapping[str, Tensor]:
     """Return the tensors of a component that train without LoRA, by parameter name without the wrapper modules of
     peft.
 
     Tensors that the base file lacks are omitted: they are aliases of others (tied embeddings).
     """
-    state = model.components[component].state_dict()
+    state = model.components[component].state_dict(keep_vars=True)
     tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
     stored = [name for name in tensors if name in model.stored_dtypes[component]]
     kept = plan.training.weights(component, plan.model.components[component].layout, stored)
-    return {name: tensors[name] for name in stored if name in kept}
+    return LazyStateDict({name: partial(whole, tensors[name]) for name in stored if name in kept})
 
 
-def _lora_tensors(plan: RunPlan, component: str, module: nn.Module) -> dict[str, Tensor]:
+def _lora_tensors(plan: RunPlan, component: str, module: nn.Module, whole: Whole) -> dict[str, Tensor]:
     lora_format, naming = plan.parameters.lora_format, plan.model.facts.component(component).lora_naming
-    named = name_lora(lora_weights(module, plan.model.components[component].layout.public_keys), lora_format, naming)
+    weights = lora_weights(module, plan.model.components[component].layout.public_keys, whole)
+    named = name_lora(weights, lora_format, naming)
     if lora_format != "diffsynth":
         return named
     return {_key(plan, component, name): tensor for name, tensor in named.items()}
@@ -122,10 +121,9 @@ def conversion_hint(plan: RunPlan, path: Path) -> str | None:
 
 
 def write_checkpoint(
-    plan: RunPlan, model: TrainingModule, folder: Path, name: str, step: int, epoch: int
+    plan: RunPlan, content: CheckpointContent, folder: Path, name: str, step: int, epoch: int
 ) -> CheckpointEntry:
     """Write `<name>.safetensors` atomically."""
     path = folder / f"{name}.safetensors"
-    content = checkpoint_content(plan, model)
     digest = write_tensors(path, content.tensors, checkpoint_metadata(plan), content.dtypes)
     return CheckpointEntry(path.name, step, epoch, digest, path.stat().st_size)

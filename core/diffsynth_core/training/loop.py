@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,13 +36,15 @@ from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
 from diffsynth_core.planning.block_swap import trained_blocks
 from diffsynth_core.planning.disk import assumed_save_seconds
 from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.engines import SHARDING_VARIABLES
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import check_compilations
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
-from diffsynth_core.training.checkpointing import write_checkpoint
+from diffsynth_core.training.checkpointing import checkpoint_content, write_checkpoint
 from diffsynth_core.training.encode import fill_cache
-from diffsynth_core.training.engine import Engine, FusedEngine, ReplicatedEngine
+from diffsynth_core.training.engines import make_engine
+from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.forecast import ForecastObserver, time_in_words
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
@@ -49,9 +52,10 @@ from diffsynth_core.training.observers import MetricsObserver, Observer, Progres
 from diffsynth_core.training.pace import Pace
 from diffsynth_core.training.schedules import learning_rate
 from diffsynth_core.training.trial import try_largest
+from diffsynth_core.weights.writing import access_as_written
 
-MakeEngine = Callable[[Accelerator, float | None], Engine]
-"""Creates the engine of a run, which clips the gradient norm if there is a limit."""
+MakeEngine = Callable[[RunPlan, Accelerator], Engine]
+"""Creates the engine of a run."""
 PROCESS_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
 MAX_SKIPPED_STEPS = 20
@@ -79,14 +83,14 @@ def train(
     stop: StopRequest,
     stop_after: int | None = None,
     *,
-    make_engine: MakeEngine | None = None,
+    open_engine: MakeEngine = make_engine,
     observers: Sequence[Observer] = (),
 ) -> RunResult:
     """Execute a plan: encode, train, save.
 
     Args:
         stop_after: behave as if interrupted after this step; for rehearsals.
-        make_engine: creates what carries out the steps; None: the engine that the plan asks for.
+        open_engine: creates what carries out the steps.
         observers: follow the run in this process, besides metrics and progress.
 
     Raises:
@@ -98,7 +102,7 @@ def train(
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
     with claim_folder(plan.parameters.output_path) if accelerator.is_main_process else nullcontext():
-        run = _open_run(plan, accelerator, reporter, stop, make_engine, observers, pace)
+        run = _open_run(plan, accelerator, reporter, stop, open_engine, observers, pace)
         return run.execute(stop, stop_after)
 
 
@@ -107,7 +111,7 @@ def _open_run(
     accelerator: Accelerator,
     reporter: Reporter,
     stop: StopRequest,
-    make_engine: MakeEngine | None,
+    open_engine: MakeEngine,
     observers: Sequence[Observer],
     pace: Pace,
 ) -> "Run":
@@ -116,7 +120,7 @@ def _open_run(
         raise DiffSynthError(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
-    plan, model, engine = load_for_steps(plan, accelerator, reporter, stop, make_engine)
+    plan, model, engine = load_for_steps(plan, accelerator, reporter, stop, open_engine)
     return Run(plan, model, accelerator, reporter, engine, observers, pace)
 
 
@@ -125,7 +129,7 @@ def load_for_steps(
     accelerator: Accelerator,
     reporter: Reporter,
     stop: StopRequest,
-    make_engine: MakeEngine | None = None,
+    open_engine: MakeEngine = make_engine,
 ) -> tuple[RunPlan, TrainingModule, Engine]:
     """Fill the cache and load what a step needs; return it with the plan that knows the encodings."""
     check_compilations(plan)
@@ -134,8 +138,7 @@ def load_for_steps(
     _check_identities(plan)
     fill_cache(plan, family, accelerator, reporter, stop)
     stop.raise_if_set()
-    make_engine = make_engine or (FusedEngine if plan.parameters.fused_backward else ReplicatedEngine)
-    engine = make_engine(accelerator, plan.parameters.max_grad_norm)
+    engine = open_engine(plan, accelerator)
     model = build_training_module(plan, family, accelerator.device, reporter, engine.place)
     stop.raise_if_set()
     return plan, model, engine
@@ -146,6 +149,9 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
 
     It accumulates no gradients: the loop counts steps itself.
     """
+    # Engines that shard are ours: accelerate makes the process group, and would set up its own at these variables.
+    for name in SHARDING_VARIABLES:
+        os.environ.pop(name, None)
     # accelerate keeps one state per process and refuses another precision, which the next stage may ask for. Private,
     # but nothing public forgets the state: `tests/unit/test_private_names.py`.
     AcceleratorState._reset_state()
@@ -404,11 +410,16 @@ class Run:
     def _save_checkpoint(self, interrupted: bool) -> None:
         """Save the trained weights; the checkpoint of an interrupted run is named after the step."""
         self.engine.wait()
-        if self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.engine.gathers):
+            return
+        content = checkpoint_content(self.plan, self.model, self.engine.whole)
+        if not self.accelerator.is_main_process:
+            access_as_written(content.tensors, content.dtypes)
+        else:
             epoch = self.plan.data.steps.slice(self.done - 1).epoch
             name = f"step-{self.done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
             with self.pace.writing_checkpoint():
-                entry = write_checkpoint(self.plan, self.model, self.folder, name, self.done, epoch)
+                entry = write_checkpoint(self.plan, content, self.folder, name, self.done, epoch)
             self.record.add_checkpoint(entry)
             self.record.save(self.folder)
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
@@ -424,6 +435,9 @@ class Run:
             if self.accelerator.is_main_process:
                 loop_state = LoopState(self.done, self.samples_seen, self.engine.scaler_state(), run=self.record.id)
                 save_state(self.folder, loop_state, tensors, self.plan.parameters.keep_states)
+            elif self.engine.gathers:
+                access_as_written(tensors.weights)
+                access_as_written(tensors.moments)
         # Only after the state is on disk: a kill in between must not leave a record of a step that is not saved.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
         self.record.seconds = self.seconds_before + self.pace.elapsed
@@ -435,6 +449,9 @@ class Run:
     def _rescue(self) -> None:
         """Save the state of the last complete step before an error ends the run. Other processes may have ended."""
         if self.engine.updating or self.done == self.saved or not self.accelerator.is_main_process:
+            return
+        if self.engine.gathers and self.accelerator.num_processes > 1:
+            self.reporter.warn(f"the state after step {self.done} is lost: it takes all processes to save it")
             return
         try:
             self._save_state(together=False)

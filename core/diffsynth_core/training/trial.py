@@ -17,7 +17,7 @@ from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
 from diffsynth_core.progress import Reporter, format_memory, pluralize
-from diffsynth_core.training.engine import Engine
+from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.loader import MicroBatch, load_largest_micro_batch
 from diffsynth_core.training.model import TrainingModule
 

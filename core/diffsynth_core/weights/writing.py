@@ -5,7 +5,7 @@ converted and written one at a time, and equal tensors give equal bytes.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,22 @@ from torch import Tensor
 
 from diffsynth_core.weights.dtypes import safetensors_dtype
 from diffsynth_core.weights.headers import make_header
+
+
+class LazyStateDict(Mapping[str, Tensor]):
+    """Tensors that are computed on access and not kept: the fused matrices of FLUX.1 have 14 GB in total."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._makers[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 def write_safetensors(
@@ -45,13 +61,28 @@ def safetensors_bytes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtypes: Mapping[str, torch.dtype] | None = None
 ) -> Iterator[bytes]:
     """Yield the bytes of a safetensors file: its header, then each tensor."""
+    kinds = _kinds(tensors, dtypes)
+    yield make_header(((name, safetensors_dtype(dtype), shape) for name, (shape, dtype) in kinds.items()), metadata)
+    for name, (_, dtype) in kinds.items():
+        yield _bytes(tensors[name], dtype)
+
+
+def access_as_written(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+    """Access tensors as often and in the order in which they are written, without writing them: for processes that
+    take part in gathering the tensors that another one writes.
+    """
+    for name in _kinds(tensors, dtypes):
+        tensors[name]
+
+
+def _kinds(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of each tensor in a file, in its order."""
     kinds = {name: _kind(tensors[name]) for name in tensors}
-    wanted = {name: (dtypes or {}).get(name, dtype) for name, (_, dtype) in kinds.items()}
+    wanted = {name: (shape, (dtypes or {}).get(name, dtype)) for name, (shape, dtype) in kinds.items()}
     # Wide dtypes first, so that every tensor starts at a multiple of its element size.
-    order = sorted(tensors, key=lambda name: (-wanted[name].itemsize, name))
-    yield make_header(((name, safetensors_dtype(wanted[name]), kinds[name][0]) for name in order), metadata)
-    for name in order:
-        yield _bytes(tensors[name], wanted[name])
+    return {name: wanted[name] for name in sorted(wanted, key=lambda name: (-wanted[name][1].itemsize, name))}
 
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:

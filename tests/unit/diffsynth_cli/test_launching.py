@@ -9,6 +9,7 @@ from diffsynth_cli import launching, ranks, train_session
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.errors import Ending
 from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.planning.engines import REPLICATED
 from diffsynth_core.session import Session
 from tests.naming import names
 
@@ -57,22 +58,21 @@ def test_an_unknown_configuration_is_told_with_the_nearest_preset(says):
     ("number", "config", "asked"), [(None, None, 1), (4, None, 4), (None, "ddp", 8), (2, "ddp", 2)]
 )
 def test_how_many_processes_are_asked_for(number, config, asked):
-    assert launching.processes_asked(number, config) == asked
+    assert launching.launch_asked(number, config) == (asked, REPLICATED)
 
 
 def test_a_configuration_is_looked_for_whatever_the_number(says):
     with pytest.raises(DiffSynthError) as caught:
-        launching.processes_asked(2, "dpp")
+        launching.launch_asked(2, "dpp")
     says(caught.value.problems)
     assert str(caught.value) == names("accelerate configuration", "dpp")
 
 
-@pytest.mark.parametrize(("number", "config"), [(1, "zero2"), (None, "zero3"), (2, None)])
-def test_engines_that_share_weights_out_are_refused_before_anything_is_launched(home, number, config):
-    write(home, "num_processes: 2\ndistributed_type: FSDP\n")
-    with pytest.raises(DiffSynthError, match=r"launches with (DeepSpeed|FSDP): sharding is not supported yet"):
-        launching.processes_asked(number, config)
-    assert launching.processes_asked(1, None) == launching.processes_asked(None, None) == 1
+@pytest.mark.parametrize(("config", "engine"), [("zero2", "zero2"), ("zero3", "zero3"), (None, "fsdp2")])
+def test_a_configuration_says_which_engine_distributes_the_steps(home, config, engine):
+    write(home, "num_processes: 2\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\n")
+    assert launching.launch_asked(2, config)[1].name == engine
+    assert launching.launch_asked(1, None) == launching.launch_asked(None, None) == (1, REPLICATED)
 
 
 @pytest.mark.parametrize(("number", "config", "launched"), [(1, None, False), (1, "ddp", True), (2, None, True)])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
-from diffsynth_core.training.engine import FusedEngine
+from diffsynth_core.training.engines.fused import FusedEngine
 from diffsynth_core.training.trained_swap import TrainedSwap
 
 DEVICE = torch.device("meta")

@@ -1,0 +1,135 @@
+"""Which engine accelerate's launcher, or a configuration for it, asks for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from diffsynth_core.config.origins import DEFAULT
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.recipes import launcher_presets
+from diffsynth_core.errors import collect_problems
+from diffsynth_core.planning.engines import (
+    ENGINES,
+    EngineChoice,
+    engine_of_configuration,
+    engine_of_environment,
+    engine_problems,
+)
+from diffsynth_core.planning.optimizer_choice import choose_optimizer
+
+LOCAL = {"compute_environment": "LOCAL_MACHINE", "num_processes": 2, "mixed_precision": "bf16", "machine_rank": 0}
+CONFIGURATIONS = {
+    "ddp": {"distributed_type": "MULTI_GPU"},
+    "fsdp2": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+    "fsdp2 offload": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True}},
+    "fsdp2 whole weights": {
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False},
+    },
+    "zero1": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}},
+    "zero2 offload": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": 2, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
+    },
+    "zero3 offload": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": 3, "offload_optimizer_device": "none", "offload_param_device": "cpu"},
+    },
+}
+CHOICES = {
+    "ddp": EngineChoice(),
+    "fsdp2": EngineChoice(name="fsdp2"),
+    "fsdp2 offload": EngineChoice(name="fsdp2", offload_optimizer=True, offload_weights=True),
+    "fsdp2 whole weights": EngineChoice(name="fsdp2", reshards=False),
+    "zero1": EngineChoice(name="zero1"),
+    # the reference's own files offload weights in stage 2 as well, where they are not divided
+    "zero2 offload": EngineChoice(name="zero2", offload_optimizer=True),
+    "zero3 offload": EngineChoice(name="zero3", offload_weights=True),
+}
+
+
+def launched_with(path: Path) -> dict[str, str]:
+    """The environment that accelerate's launcher makes of a configuration file."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""  # set by the launcher's command
+    if arguments.use_deepspeed:
+        return dict(prepare_deepspeed_cmd_env(arguments)[1])
+    return dict(prepare_multi_gpu_env(arguments))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration_and_the_environment_that_the_launcher_makes_of_it_ask_for_the_same_engine(name, tmp_path):
+    path = tmp_path / "accelerate.yaml"
+    settings = LOCAL | CONFIGURATIONS[name]
+    path.write_text(yaml.safe_dump(settings))
+    assert engine_of_configuration(settings, str(path)) == CHOICES[name]
+    assert engine_of_environment(launched_with(path)) == CHOICES[name]
+
+
+def test_a_configuration_file_of_deepspeed_counts(tmp_path):
+    path = tmp_path / "zero.json"
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": {"device": "cpu"}}
+    path.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
+    settings = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(path)}}
+    wanted = EngineChoice(name="zero3", offload_optimizer=True, offload_weights=True)
+    assert engine_of_configuration(settings, "x") == wanted
+    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    assert engine_of_environment(variables) == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"distributed_type": "MEGATRON_LM"}, "Megatron-LM"),
+        ({"distributed_type": "FSDP"}, "version 1 of FSDP"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "stage 0"),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "offload_param_device": "nvme"}},
+            "nvme",
+        ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "/no/such.json"}},
+            "such.json",
+        ),
+    ],
+)
+def test_what_no_engine_here_does_is_a_problem(settings, what):
+    (problem,) = engine_of_configuration(settings, "accelerate.yaml").problems
+    assert what in problem.message and problem.hint and problem.wrong_use
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "replicated"])
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ({"fused_backward": True}, "fused_backward"),
+        ({"enable_optimizer_cpu_offload": True}, "enable_optimizer_cpu_offload"),
+        ({"optimizer": "muon"}, "optimizer"),
+        ({"mixed_precision": "fp16"}, "fp16"),
+    ],
+)
+def test_what_parts_of_tensors_cannot_be_trained_with_is_refused(name, flags, what):
+    parameters = Parameters.model_validate(flags)
+    with collect_problems() as problems:
+        optimizer = choose_optimizer(parameters, DEFAULT, frozenset())
+    assert not problems
+    found = engine_problems(parameters, optimizer, parameters.mixed_precision or "no", EngineChoice(name=name))
+    assert [problem for problem in found if what in problem.message and problem.wrong_use]
+
+
+def test_presets_are_engines_that_exist():
+    found = {
+        name: engine_of_configuration(yaml.safe_load(path.read_text()), name)
+        for name, path in launcher_presets().items()
+    }
+    assert not any(choice.problems for choice in found.values())
+    assert {name: choice.name for name, choice in found.items() if name.startswith("z")} == {
+        "zero2": "zero2",
+        "zero2offload": "zero2",
+        "zero3": "zero3",
+    }
