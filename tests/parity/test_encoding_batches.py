@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import Interrupted, collect_problems
@@ -86,7 +87,11 @@ def test_a_batch_of_captions_equals_each_alone_to_the_bit(recipe, recipe_models)
         )
         with torch.no_grad(), counted(family, encoder) as sizes:
             batches = EncodingBatches.of(family, encoder, components)
-            together = [one for text in CAPTIONS for one in batches.add(text, {column: text})]
+            together = [
+                one
+                for text in CAPTIONS
+                for one in batches.add(text, family.tokenize(encoder, components, {column: text}))
+            ]
             together += batches.rest()
             assert max(sizes) == CAPTIONS_AT_ONCE and len(sizes) < len(CAPTIONS)
             assert sorted(text for text, _ in together) == sorted(CAPTIONS)
@@ -136,6 +141,18 @@ def fill(plan, stop: StopRequest | None = None) -> dict[str, bytes]:
     fill_cache(plan, family, make_accelerator(plan), SilentReporter(), StopRequest() if stop is None else stop)
     folder = plan.output.cache / "encodings"
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_each_caption_is_tokenized_once(planned, monkeypatch):
+    tokenized, call = [], PreTrainedTokenizerBase.__call__
+
+    def count(tokenizer, texts, **options):
+        tokenized.extend(texts)
+        return call(tokenizer, texts, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", count)
+    fill(planned("cache"))
+    assert len(tokenized) == len(set(tokenized)) == 5
 
 
 def test_a_cache_filled_in_two_goes_holds_the_same_bytes(planned):

@@ -79,8 +79,9 @@ def test_captions_are_told_apart(plain):
 )
 def test_captions_that_are_cut_are_told(plain, caption, first, second, complaints):
     ours = plain.ours
+    sample = {"prompt": CAPTIONS[caption]}
     received = [
-        ours.family.truncation_warning(encoder, ours.components, {"prompt": CAPTIONS[caption]})
+        ours.family.truncation_warning(encoder, ours.family.tokenize(encoder, ours.components, sample))
         for encoder in ours.variant.encoders[:2]
     ]
     assert received == [

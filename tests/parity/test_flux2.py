@@ -68,7 +68,8 @@ def test_a_caption_that_is_cut_is_told(flux2):
     (text,) = (encoder for encoder in flux2.ours.variant.encoders if encoder.name == "text")
 
     def warning(caption):
-        return flux2.ours.family.truncation_warning(text, flux2.ours.components, {"prompt": caption})
+        family = flux2.ours.family
+        return family.truncation_warning(text, family.tokenize(text, flux2.ours.components, {"prompt": caption}))
 
     told = {name: warning(caption) for name, caption in CAPTIONS.items()}
     assert {name for name, words in told.items() if words} == {"long", "a token too long"}

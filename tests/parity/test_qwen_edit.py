@@ -147,7 +147,7 @@ def test_captions_are_not_cut_off_but_refused_where_they_have_no_place(edit_pair
     ours = edit_pairs(TWO).ours
     text = ours.variant.encoders[0]
     sample = ours.sample(CAPTIONS["long"], shown=edit_pairs(TWO).images)
-    assert ours.family.truncation_warning(text, ours.components, sample) is None
+    assert ours.family.truncation_warning(text, ours.family.tokenize(text, ours.components, sample)) is None
     with pytest.raises(DiffSynthError, match="the model takes 3072: `word word"):
         ours.encode({**sample, "prompt": "word " * 900})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import atomic_write
+from diffsynth_core.files import atomic_write, sync_file, temporary_sibling
 from diffsynth_core.hub.file_cache import FileCache, file_stamp
 from diffsynth_core.weights.headers import Header, make_header, parse_header
 
@@ -132,16 +132,26 @@ class EncodingCache:
                 shutil.copyfile(source, temporary)
 
     def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
-        """Store the output of an encoder for one sample."""
-        from diffsynth_core.weights.writing import safetensors_bytes, write_safetensors
+        """Store the output of an encoder for one sample.
 
-        digest = hashlib.sha256(key.encode())
-        for part in safetensors_bytes(encoded, {}):
-            digest.update(part)
-        with atomic_write(self.path(key)) as temporary:
-            write_safetensors(temporary, encoded, {CONTENT_HASH: digest.hexdigest()})
+        A power failure may lose the entry until `sync_folder` of its folder: a sync for each takes longer than it is
+        worth, since a lost entry is encoded again.
+        """
+        from diffsynth_core.weights.writing import safetensors_bytes
+
+        path = self.path(key)
+        header, *values = safetensors_bytes(encoded, {})
+        digest = hashlib.sha256(key.encode() + header)
+        for value in values:
+            digest.update(value)
+        header = next(safetensors_bytes(encoded, {CONTENT_HASH: digest.hexdigest()}))
+        with temporary_sibling(path) as temporary:
+            with temporary.open("wb") as stream:
+                stream.writelines((header, *values))
+            sync_file(temporary)
+            temporary.replace(path)
         if self._memory:
-            self._memory.put(self.path(key), WHOLE, file_stamp(self.path(key)), True)
+            self._memory.put(path, WHOLE, file_stamp(path), True)
 
     def read(self, key: str) -> dict[str, "torch.Tensor"]:
         """Return an entry's tensors, on the CPU. A damaged entry is removed, so that the next run encodes it again.

@@ -201,8 +201,9 @@ def _encode(
         for entry in entries:
             stop.raise_if_set()
             columns = {column: load_input(value) for column, value in entry.inputs.items()}
-            store(batches[entry.encoder].add(entry, columns))
-            warned.add(family.truncation_warning(entry.encoder, components, columns))
+            tokenized = family.tokenize(entry.encoder, components, columns)
+            store(batches[entry.encoder].add(entry, tokenized))
+            warned.add(family.truncation_warning(entry.encoder, tokenized))
         for some in batches.values():
             store(some.rest())
     for warning in sorted(filter(None, warned)):

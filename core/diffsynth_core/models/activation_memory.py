@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet, finalize
 
@@ -243,6 +244,8 @@ class BlankTokenizer:
 
     attention_mask = None
     """As of a text without padding: models compare a mask's values."""
+    encodings = (SimpleNamespace(overflowing=()),)
+    """As of a text that is not truncated."""
 
     def __init__(self, length: int) -> None:
         self.input_ids = torch.empty(1, length, dtype=torch.int64, device="meta")
@@ -253,10 +256,6 @@ class BlankTokenizer:
     def apply_chat_template(self, *_: Any, **__: Any) -> str:
         """Return an empty text: the tokens do not depend on it."""
         return ""
-
-    def to(self, device: Any) -> "BlankTokenizer":
-        """Return itself: what it makes is on the meta device already."""
-        return self
 
 
 def _build(family: Family, name: str, component: MeasuredComponent) -> nn.Module:

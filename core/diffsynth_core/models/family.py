@@ -1,7 +1,7 @@
 """The interface of a model family: the methods that the engine calls."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffsynth_core.config.choices import COMPUTE_DTYPES, ENCODER_DTYPES, TRAINING_TIMESTEPS
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant
+from diffsynth_core.models.tokens import Tokens
 
 Encoded = dict[str, Tensor]
 """The encodings of one sample, by name, without a batch dimension; floating-point."""
@@ -25,18 +26,16 @@ class Encoder:
     Attributes:
         encode: (facts, components, value of each of its columns) -> encodings of one sample; if `batched`, (facts,
             components, values of each of its columns) -> encodings of each of several samples.
-        truncation_warning: (facts, components, caption) -> warning about what it ignores of a caption, or None; None:
-            it always reads all.
+        tokenize: (components, caption) -> the tokens that `encode` takes in its place; None: it takes the caption.
+        truncation_warning: about a caption of which `tokenize` ignores a part.
         batched: encodes several samples in one pass, in float32 on a CPU each as it is encoded alone: images and clips
-            of the same shapes within 1e-6, captions of the same group bit for bit.
-        text_group: (facts, components, caption) -> what captions of one pass have in common, such as their number of
-            tokens; None: they need nothing in common.
+            of the same shapes within 1e-6, captions whose tokens are of the same group bit for bit.
     """
 
     encode: Callable[..., Encoded] | Callable[..., list[Encoded]]
-    truncation_warning: Callable[[EncoderFacts, Mapping[str, Any], str], str | None] | None = None
+    tokenize: Callable[[Mapping[str, Any], str], Tokens] | None = None
+    truncation_warning: str = ""
     batched: bool = False
-    text_group: Callable[[EncoderFacts, Mapping[str, Any], str], Hashable] | None = None
 
 
 class Family(ABC):
@@ -74,16 +73,26 @@ class Family(ABC):
                 the files of a condition as a list of such: images with F = 1, masks with one channel, clips with
                 the frames of the target.
         """
-        (encoded,) = self.encode_batch(encoder, components, [sample])
+        (encoded,) = self.encode_batch(encoder, components, [self.tokenize(encoder, components, sample)])
         return encoded
+
+    def tokenize(
+        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Return a sample with the tokens of its caption in place of it, if the encoder takes those."""
+        tokenize, column = self.encoders[encoder.name].tokenize, self.facts.text_column
+        return {**sample, column: tokenize(components, sample[column])} if tokenize else sample
 
     def encode_batch(
         self, encoder: EncoderFacts, components: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
     ) -> list[Encoded]:
         """Apply one encoder to several samples, whose images and clips have the same shapes, and whose captions have
-        the same `text_group`; as `encode`.
+        tokens of the same group.
 
         They are encoded in one pass if the encoder is `batched`, else one after the other.
+
+        Args:
+            samples: as `encode` takes them, but as `tokenize` returns them.
         """
         function = self.encoders[encoder.name]
         columns = [[sample[column] for sample in samples] for column in encoder.columns]
@@ -91,17 +100,15 @@ class Family(ABC):
             return function.encode(encoder, components, *columns)  # type: ignore[return-value]
         return [function.encode(encoder, components, *values) for values in zip(*columns, strict=True)]  # type: ignore[misc]
 
-    def text_group(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Hashable:
-        """Return what the captions that an encoder reads in one pass have in common."""
-        group = self.encoders[encoder.name].text_group
-        return group(encoder, components, sample[self.facts.text_column]) if group else None
+    def truncation_warning(self, encoder: EncoderFacts, sample: Mapping[str, Any]) -> str | None:
+        """Return a warning about the part of a caption that an encoder ignores; None if it reads all of it.
 
-    def truncation_warning(
-        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
-    ) -> str | None:
-        """Return a warning about the part of a caption that an encoder ignores; None if it reads all of it."""
-        warning = self.encoders[encoder.name].truncation_warning
-        return warning(encoder, components, sample[self.facts.text_column]) if warning else None
+        Args:
+            sample: as `tokenize` returns it.
+        """
+        caption = sample.get(self.facts.text_column)
+        truncated = isinstance(caption, Tokens) and caption.truncated
+        return self.encoders[encoder.name].truncation_warning if truncated else None
 
     @abstractmethod
     def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:

@@ -22,7 +22,7 @@ class BatchKind:
     """Which samples are encoded together.
 
     Attributes:
-        shared: what they have in common: the shapes of their images and clips, or of captions the group.
+        shared: what they have in common: the shapes of their images and clips, or the group of their tokens.
         size: how many of them.
         filled: whether the last batch is filled up with copies.
     """
@@ -74,7 +74,7 @@ class EncodingBatches(Generic[Ref]):
 
     @classmethod
     def of(cls, family: Family, encoder: EncoderFacts, components: Mapping[str, Any]) -> "EncodingBatches[Ref]":
-        """Return the batches of an encoder, of samples as `load_input` returns their columns."""
+        """Return the batches of an encoder, of samples as `Family.tokenize` makes them of what `load_input` returns."""
         module: nn.Module = components[encoder.component]
         device = next(module.parameters()).device
 
@@ -82,7 +82,7 @@ class EncodingBatches(Generic[Ref]):
             return family.encode_batch(encoder, components, [scale_pixels(sample, device) for sample in samples])
 
         def caption_batch(sample: Inputs) -> BatchKind:
-            return BatchKind(family.text_group(encoder, components, sample), CAPTIONS_AT_ONCE)
+            return BatchKind(sample[family.facts.text_column].group, CAPTIONS_AT_ONCE)
 
         if not (family.encoders[encoder.name].batched and rounds_alike(module)):
             return cls(encode, lambda sample: ALONE)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime, raise_if_any
+from diffsynth_core.files import sync_folder
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
@@ -146,15 +148,16 @@ def _encode(
             for ref, sample in raw:
                 stop.raise_if_set()
                 stop.raise_if_out_of_time()
+                tokenized = family.tokenize(part.encoder, components, sample)
                 try:
-                    encoded = batches.add(ref, sample)
+                    encoded = batches.add(ref, tokenized)
                 except DiffSynthError as error:
                     (problem,) = error.problems
                     raise DiffSynthError(
                         f"{plan.data.samples.samples[ref.sample].name}: {problem.message}", problem.hint
                     ) from error
                 store(encoded)
-                if warning := family.truncation_warning(part.encoder, components, sample):
+                if warning := family.truncation_warning(part.encoder, tokenized):
                     warnings.setdefault(warning, []).append(plan.data.samples.samples[ref.sample].row)
         except (Interrupted, OutOfTime):  # with a large encoder, what still waits may take minutes
             raise
@@ -172,12 +175,13 @@ def _encode(
 class _Writer:
     """Writes entries in threads: encoding need not wait until the disk has each of them.
 
-    Leaving the block waits for all, and raises what went wrong with one.
+    Leaving the block waits for all, and raises what went wrong with one; then no power failure takes them.
     """
 
     def __init__(self, cache: EncodingCache) -> None:
         self._cache, self._pool = cache, ThreadPoolExecutor(WRITING_THREADS)
         self._writes: deque[Future[None]] = deque()
+        self._folders: set[Path] = set()
 
     def write(self, key: str, encoded: Encoded) -> None:
         """Write an entry, after one of those before it if there are many.
@@ -188,12 +192,15 @@ class _Writer:
         if len(self._writes) == WRITING_THREADS:
             self._writes.popleft().result()
         in_host_memory = {name: tensor.cpu() for name, tensor in encoded.items()}
+        self._folders.add(self._cache.path(key).parent)
         self._writes.append(self._pool.submit(self._cache.write, key, in_host_memory))
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._pool.shutdown()
-        for write in self._writes if error is None else ():
-            write.result()
+        with self._pool:
+            if error is None:
+                for write in self._writes:
+                    write.result()
+                list(self._pool.map(sync_folder, self._folders))

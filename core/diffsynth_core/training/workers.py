@@ -28,21 +28,19 @@ class _Failed:
     problems: tuple[Problem, ...]
 
 
-class _Guarded(Dataset[Any], Generic[Item]):
-    """A dataset that returns its errors as values.
+class _Packed(Dataset[bytes | _Failed], Generic[Item]):
+    """A dataset that returns pickled items, and its errors as values.
 
-    Args:
-        packed: return pickled items. torch would pass tensors through /dev/shm, which is 64 MB in Docker by default,
-            and a worker that finds it full hangs.
+    torch would pass tensors through /dev/shm, which is 64 MB in Docker by default, and a worker that finds it full
+    hangs.
     """
 
-    def __init__(self, dataset: Dataset[Item], packed: bool) -> None:
-        self._dataset, self._packed = dataset, packed
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self._dataset = dataset
 
-    def __getitem__(self, index: Any) -> Item | bytes | _Failed:
+    def __getitem__(self, index: Any) -> bytes | _Failed:
         try:
-            item = self._dataset[index]
-            return pickle.dumps(item, pickle.HIGHEST_PROTOCOL) if self._packed else item
+            return pickle.dumps(self._dataset[index], pickle.HIGHEST_PROTOCOL)
         except DiffSynthError as error:
             return _Failed(error.problems)
 
@@ -53,27 +51,29 @@ def iterate(dataset: Dataset[Item], indices: Iterable[Any], workers: int) -> Ite
     `indices` may be infinite: it is consumed only as far ahead as the workers prefetch.
 
     Raises:
-        FaultsFound: if an item cannot be loaded, as the dataset raised it.
-        DiffSynthError: if the system provides no more processes, or no space for their queues.
+        DiffSynthError: if an item cannot be loaded, or the system provides no more processes or no space for their
+            queues.
     """
-    if workers:
-        _check_shared_memory(workers)
+    if not workers:
+        yield from map(dataset.__getitem__, indices)
+        return
+    _check_shared_memory(workers)
     with warnings.catch_warnings():
         # The number of workers is the user's choice; torch warns if there are more than cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
-            _Guarded(dataset, packed=workers > 0),
+            _Packed(dataset),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
-            multiprocessing_context=_WorkerContext() if workers and get_start_method() == "fork" else None,
+            multiprocessing_context=_WorkerContext() if get_start_method() == "fork" else None,
             worker_init_fn=partial(_init_worker, parent=os.getpid()),
         )
         items = iter(loader)
     for item in items:
         if isinstance(item, _Failed):
             raise FaultsFound(item.problems)
-        yield pickle.loads(item) if isinstance(item, bytes) else item
+        yield pickle.loads(item)
 
 
 def _check_shared_memory(workers: int) -> None:

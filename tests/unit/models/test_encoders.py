@@ -52,5 +52,3 @@ def test_an_encoder_without_a_function_is_an_error_and_not_the_encoder_of_the_ta
     unknown = replace(encoder, name="nobody")
     with pytest.raises(KeyError, match="nobody"):
         load_family(family).encode(unknown, {}, dict.fromkeys(encoder.columns))
-    with pytest.raises(KeyError, match="nobody"):
-        load_family(family).truncation_warning(unknown, {}, {"prompt": "a"})

@@ -9,53 +9,44 @@ from diffsynth_core.models.control import CONTROL_LATENTS
 from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.flux.captions import CLIP_TOKENS, T5_TOKENS
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.models.tokens import Tokens, stack_tokens, tokenize
 
 KONTEXT_LATENTS = "kontext_latents_{}"
 """Name of the latents of a reference image, numbered from 0 within its row."""
 
 
-def encode_pooled_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
+def tokenize_for_clip(components: Mapping[str, Any], caption: str) -> Tokens:
+    """Tokenize a caption for CLIP."""
+    return tokenize(components["tokenizer_1_path"], caption, CLIP_TOKENS, padded=True)
+
+
+def encode_pooled_text(
+    encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[Tokens]
+) -> list[Encoded]:
     """Encode captions with CLIP.
 
     Returns:
         `pooled_prompt_embeds` of each: the state at the end of the caption, `[768]` in the text encoder's dtype.
     """
     text_encoder = components[encoder.component]
-    tokens = _padded(components["tokenizer_1_path"], captions, CLIP_TOKENS).to(text_encoder.device)
-    return [{"pooled_prompt_embeds": state} for state in text_encoder(tokens).pooler_output]
+    ids, _ = stack_tokens(captions, text_encoder.device)
+    return [{"pooled_prompt_embeds": state} for state in text_encoder(ids).pooler_output]
 
 
-def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
+def tokenize_for_t5(components: Mapping[str, Any], caption: str) -> Tokens:
+    """Tokenize a caption for T5."""
+    return tokenize(components["tokenizer_2_path"], caption, T5_TOKENS, padded=True)
+
+
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[Tokens]) -> list[Encoded]:
     """Encode captions and their padding with T5.
 
     Returns:
         `prompt_embeds` of each: last hidden states, `[512, 4096]` in the text encoder's dtype.
     """
     text_encoder = components[encoder.component]
-    tokens = _padded(components["tokenizer_2_path"], captions, T5_TOKENS).to(text_encoder.device)
-    return [{"prompt_embeds": states} for states in text_encoder(tokens).last_hidden_state]
-
-
-def _padded(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
-    """Return the token ids of captions, `[B, length]`."""
-    tokens = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return tokens.input_ids  # type: ignore[no-any-return]
-
-
-def clip_truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
-    """Return a warning about a caption that CLIP truncates, or None."""
-    long = _is_longer(components["tokenizer_1_path"], caption, CLIP_TOKENS)
-    return f"captions are truncated to {CLIP_TOKENS} tokens for CLIP ({T5_TOKENS} for T5)" if long else None
-
-
-def t5_truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
-    """Return a warning about a caption that T5 truncates, or None."""
-    long = _is_longer(components["tokenizer_2_path"], caption, T5_TOKENS)
-    return f"captions are truncated to {T5_TOKENS} tokens" if long else None
-
-
-def _is_longer(tokenizer: Any, caption: str, length: int) -> bool:
-    return len(tokenizer(caption, verbose=False)["input_ids"]) > length
+    ids, _ = stack_tokens(captions, text_encoder.device)
+    return [{"prompt_embeds": states} for states in text_encoder(ids).last_hidden_state]
 
 
 def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
@@ -106,8 +97,13 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 ENCODERS = {
-    "text_1": Encoder(encode_pooled_text, clip_truncation_warning, batched=True),
-    "text_2": Encoder(encode_text, t5_truncation_warning, batched=True),
+    "text_1": Encoder(
+        encode_pooled_text,
+        tokenize_for_clip,
+        f"captions are truncated to {CLIP_TOKENS} tokens for CLIP ({T5_TOKENS} for T5)",
+        batched=True,
+    ),
+    "text_2": Encoder(encode_text, tokenize_for_t5, f"captions are truncated to {T5_TOKENS} tokens", batched=True),
     "latents": Encoder(encode_latents),
     "kontext_latents": Encoder(encode_references),
     CONTROL_LATENTS: Encoder(encode_controlnet_latents),

@@ -10,6 +10,7 @@ from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.flux2.captions import MAX_TOKENS
 from diffsynth_core.models.flux2.keys import TEXT_LAYERS
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.models.tokens import Tokens, stack_tokens, tokenize
 
 REFERENCE_LATENTS = "edit_latents_{}"
 """Name of the latents of a reference image, numbered from 0."""
@@ -23,41 +24,25 @@ def apply_template(tokenizer: Any, caption: str) -> str:
     return text
 
 
-def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
-    """Encode captions in their template, padded to 512 tokens, with Qwen3.
+def tokenize_caption(components: Mapping[str, Any], caption: str) -> Tokens:
+    """Tokenize a caption in its template, padded to 512 tokens."""
+    tokenizer = components["tokenizer_path"]
+    return tokenize(tokenizer, apply_template(tokenizer, caption), MAX_TOKENS, padded=True)
+
+
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[Tokens]) -> list[Encoded]:
+    """Encode captions with Qwen3.
 
     Returns:
         `prompt_embeds` of each: hidden states after layers 9, 18 and 27, `[512, 3 x width]` in the text encoder's
             dtype.
     """
-    text_encoder, tokenizer = components[encoder.component], components["tokenizer_path"]
-    tokens = tokenizer(
-        [apply_template(tokenizer, caption) for caption in captions],
-        padding="max_length",
-        max_length=MAX_TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    ).to(text_encoder.device)
+    text_encoder = components[encoder.component]
+    ids, mask = stack_tokens(captions, text_encoder.device)
     states = text_encoder.model(
-        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, use_cache=False
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
     ).hidden_states
     return [{"prompt_embeds": one} for one in torch.cat([states[layer] for layer in TEXT_LAYERS], dim=-1)]
-
-
-def is_padded(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> bool:
-    """Return whether a caption is shorter than the input.
-
-    Among captions that are not, none has a mask, and attention without one is another kernel.
-    """
-    tokenizer = components["tokenizer_path"]
-    return len(tokenizer(apply_template(tokenizer, caption))["input_ids"]) < MAX_TOKENS
-
-
-def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
-    """Return a warning about a caption that is truncated, or None."""
-    tokenizer = components["tokenizer_path"]
-    tokens = tokenizer(apply_template(tokenizer, caption))["input_ids"]
-    return f"captions are truncated to {MAX_TOKENS} tokens, template included" if len(tokens) > MAX_TOKENS else None
 
 
 def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
@@ -117,7 +102,12 @@ def unpatchify(latents: Tensor) -> Tensor:
 
 
 ENCODERS = {
-    "text": Encoder(encode_text, truncation_warning, batched=True, text_group=is_padded),
+    "text": Encoder(
+        encode_text,
+        tokenize_caption,
+        f"captions are truncated to {MAX_TOKENS} tokens, template included",
+        batched=True,
+    ),
     "latents": Encoder(encode_latents),
     "edit_image": Encoder(encode_references),
 }

@@ -24,36 +24,28 @@ from diffsynth_core.models.qwen_image.captions import (
 )
 from diffsynth_core.models.qwen_image.forward import EDIT_LATENTS
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.models.tokens import Tokens, stack_tokens, tokenize
 from diffsynth_core.models.video_vae import encode_normalized
 
 IMAGE_TOKEN = "<|image_pad|>"
 """Placeholder token of an image."""
 
 
-def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
-    """Encode captions of as many tokens each, in their template, with Qwen2.5-VL.
+def tokenize_caption(components: Mapping[str, Any], caption: str) -> Tokens:
+    """Tokenize a caption in its template."""
+    return tokenize(components["tokenizer_path"], PROMPT_TEMPLATE.format(caption), MAX_TOKENS + DROPPED_TOKENS)
+
+
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[Tokens]) -> list[Encoded]:
+    """Encode captions of as many tokens each with Qwen2.5-VL.
 
     Returns:
         `prompt_embeds` of each: last hidden states, `[L, 3584]` in the text encoder's dtype, L <= 1024.
     """
     text_encoder = components[encoder.component]
-    tokens = _tokenize(components, captions).to(text_encoder.device)
-    states = text_encoder.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False)
-    return [{"prompt_embeds": one} for one in states.last_hidden_state[:, DROPPED_TOKENS:]]
-
-
-def count_tokens(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> int:
-    """Return the number of tokens of a caption in its template, after truncation."""
-    return int(_tokenize(components, [caption]).input_ids.shape[1])
-
-
-def _tokenize(components: Mapping[str, Any], captions: Sequence[str]) -> Any:
-    return components["tokenizer_path"](
-        [PROMPT_TEMPLATE.format(caption) for caption in captions],
-        max_length=MAX_TOKENS + DROPPED_TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    )
+    ids, mask = stack_tokens(captions, text_encoder.device)
+    states = text_encoder.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return [{"prompt_embeds": one} for one in states[:, DROPPED_TOKENS:]]
 
 
 def encode_edit_text(
@@ -111,12 +103,6 @@ def _to_bytes(image: Tensor) -> NDArray[np.uint8]:
     return values.permute(1, 2, 0).cpu().numpy()
 
 
-def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
-    """Return a warning about a caption that is truncated, or None."""
-    tokens = components["tokenizer_path"](PROMPT_TEMPLATE.format(caption))["input_ids"]
-    return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS + DROPPED_TOKENS else None
-
-
 def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], targets: Sequence[Tensor]) -> list[Encoded]:
     """Encode targets of one shape.
 
@@ -152,7 +138,7 @@ def encode_controlnet_latents(
 
 
 ENCODERS = {
-    "text": Encoder(encode_text, truncation_warning, batched=True, text_group=count_tokens),
+    "text": Encoder(encode_text, tokenize_caption, f"captions are truncated to {MAX_TOKENS} tokens", batched=True),
     "edit_text": Encoder(encode_edit_text),
     "edit_plus_text": Encoder(encode_edit_text),
     "latents": Encoder(encode_latents, batched=True),

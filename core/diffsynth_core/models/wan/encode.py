@@ -8,37 +8,26 @@ from torch import Tensor
 
 from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.models.tokens import Tokens, stack_tokens, tokenize
 from diffsynth_core.models.video_vae import encode_normalized
 from diffsynth_core.models.wan.captions import MAX_TOKENS, clean_caption
 from diffsynth_core.models.wan.sizes import FRAMES, FRAMES_PER_LATENT
 
 
-def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[str]) -> list[Encoded]:
-    """Encode cleaned captions of as many tokens each with UMT5.
+def tokenize_caption(components: Mapping[str, Any], caption: str) -> Tokens:
+    """Clean and tokenize a caption."""
+    return tokenize(components["tokenizer_path"], clean_caption(caption), MAX_TOKENS)
+
+
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: Sequence[Tokens]) -> list[Encoded]:
+    """Encode captions of as many tokens each with UMT5.
 
     Returns:
         `prompt_embeds` of each: last hidden states, `[L, 4096]` in the text encoder's dtype, L <= 512.
     """
     text_encoder = components[encoder.component]
-    tokens = _tokenize(components, captions).to(text_encoder.device)
-    states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    states = text_encoder(*stack_tokens(captions, text_encoder.device)).last_hidden_state
     return [{"prompt_embeds": one} for one in states]
-
-
-def count_tokens(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> int:
-    """Return the number of tokens of a cleaned caption, after truncation."""
-    return int(_tokenize(components, [caption]).input_ids.shape[1])
-
-
-def _tokenize(components: Mapping[str, Any], captions: Sequence[str]) -> Any:
-    texts = [clean_caption(caption) for caption in captions]
-    return components["tokenizer_path"](texts, max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-
-
-def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
-    """Return a warning about a caption that is truncated, or None."""
-    tokens = components["tokenizer_path"](clean_caption(caption))["input_ids"]
-    return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS else None
 
 
 def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], clips: Sequence[Tensor]) -> list[Encoded]:
@@ -126,7 +115,7 @@ def encode_image(encoder: EncoderFacts, components: Mapping[str, Any], pixels: T
 
 
 ENCODERS = {
-    "text": Encoder(encode_text, truncation_warning, batched=True, text_group=count_tokens),
+    "text": Encoder(encode_text, tokenize_caption, f"captions are truncated to {MAX_TOKENS} tokens", batched=True),
     "latents": Encoder(encode_latents, batched=True),
     "latents_with_first_given": Encoder(encode_with_clean_first_frame),
     "latents_with_condition": Encoder(encode_with_condition),
