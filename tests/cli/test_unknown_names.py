@@ -19,15 +19,12 @@ DOCUMENTED = [
     "height", "width", "max_pixels", "num_frames",
     "max_timestep_boundary", "min_timestep_boundary", "tokenizer_path", "processor_path",
     "align_to_opensource_format", "initialize_model_on_cpu", "tokenizer_1_path", "tokenizer_2_path",
-    "zero_cond_t",
+    "zero_cond_t", "enable_tensorboard_log", "enable_swanlab_log", "swanlab_project",
+    "enable_wandb_log", "wandb_project", "enable_csv_log",
 ]  # fmt: skip
 """The documented parameters of DiffSynth-Studio."""
-SWITCHES = [
-    "enable_tensorboard_log", "enable_swanlab_log", "enable_wandb_log", "enable_csv_log", "enable_lora_hot_loading",
-    "framewise_decoding",
-]  # fmt: skip
+SWITCHES = ["enable_lora_hot_loading", "framewise_decoding"]
 WITH_VALUE = [
-    "swanlab_project", "wandb_project",
     "dmd2_student_update_freq", "dmd2_guidance_lora_rank", "embedded_guidance",
     "template_model_id_or_path", "audio_processor_path", "resume_from_checkpoint",
 ]  # fmt: skip
@@ -76,11 +73,20 @@ def test_a_value_is_no_stray_word(name, value):
 
 
 def test_no_flag_is_swallowed(refuse):
-    words = ("--enable_wandb_log", "--lora_rank", 0, "--wandb_project", "--save_steps", 0, "--swanlab_project", "x")
+    words = (
+        "--framewise_decoding",
+        "--lora_rank",
+        0,
+        "--audio_processor_path",
+        "--save_steps",
+        0,
+        "--embedded_guidance",
+        "x",
+    )
     code, problems = refuse(*words)
     assert code == 2
     assert [message for message, _ in problems] == [
-        *map(supported_not, ("enable_wandb_log", "wandb_project", "swanlab_project")),
+        *map(supported_not, ("framewise_decoding", "audio_processor_path", "embedded_guidance")),
         names("lora_rank", "at least 1", 0, "--lora_rank"),
         names("save_steps", "at least 1", 0, "--save_steps"),
     ]

@@ -70,6 +70,8 @@ class RunRecord:
     total_steps: int = 0
     samples_seen: int = 0
     checkpoints: list[CheckpointEntry] = field(default_factory=list)
+    tracked: dict[str, int] = field(default_factory=dict)
+    """Tracker -> last step that was sent to it before the run was resumed; it may be after the step of the state."""
     failure: str | None = None
     diverged_step: int | None = None
     """The step whose loss or gradient was not finite, if that ended the run."""
@@ -158,6 +160,13 @@ def folder_identity(folder: Path) -> tuple[int, int] | None:
 def checkpoint_files(folder: Path) -> list[str]:
     """Return the names of checkpoint files in a folder, whichever program wrote them."""
     return sorted(path.name for pattern in CHECKPOINT_NAMES for path in folder.glob(pattern))
+
+
+def last_measured_step(folder: Path) -> int:
+    """Return the last step in `metrics.jsonl`; 0 if there is none."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return int(max((step for step in map(_step_of, lines) if math.isfinite(step)), default=0))
 
 
 class MetricsFile:

@@ -986,6 +986,43 @@ class Parameters(BaseModel):
         documented=False,
     )
 
+    log_with: CommaList = _setting(
+        (),
+        "output",
+        "comma list",
+        "Trackers that get the metrics of each step beside `metrics.jsonl`: csv (`loss.csv` in the output folder), tensorboard, wandb, trackio, swanlab; all but csv are packages to install. A tracker that fails does not end the run",
+        changes="files",
+        documented=False,
+    )
+    enable_tensorboard_log: bool = _setting(
+        False, "output", "bool", "Same as `log_with` tensorboard; it writes `tensorboard_log/`", changes="files"
+    )
+    enable_swanlab_log: bool = _setting(False, "output", "bool", "Same as `log_with` swanlab", changes="files")
+    swanlab_project: str | None = _setting(
+        None,
+        "output",
+        "str",
+        "Project of the run in SwanLab; default: `$SWANLAB_PROJECT`, or DiffSynth-Studio",
+        changes="files",
+    )
+    enable_wandb_log: bool = _setting(False, "output", "bool", "Same as `log_with` wandb", changes="files")
+    wandb_project: str | None = _setting(
+        None,
+        "output",
+        "str",
+        "Project of the run in Weights & Biases; default: `$WANDB_PROJECT`, or DiffSynth-Studio",
+        changes="files",
+    )
+    enable_csv_log: bool = _setting(False, "output", "bool", "Same as `log_with` csv", changes="files")
+    trackio_project: str | None = _setting(
+        None,
+        "output",
+        "str",
+        "Project of the run in trackio; default: `$TRACKIO_PROJECT`, or DiffSynth-Studio",
+        changes="files",
+        documented=False,
+    )
+
     # family
     max_timestep_boundary: Number = _setting(
         1.0,

@@ -6,8 +6,6 @@ from fnmatch import fnmatchcase
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.errors import Problem, suggest
 
-METRICS = "remove it; `metrics.jsonl` in the output folder records loss, learning rate and gradient norm of each step"
-"""Hint for options of trackers."""
 DISTILLATION = "remove it; the supported distillation is `--task direct_distill`"
 """Hint for options of other distillation methods."""
 CONTINUE = "`--resume auto` resumes the run in `--output_path` at its last step, including the optimizer state"
@@ -41,16 +39,10 @@ UNSUPPORTED: dict[str, UnsupportedName] = {
     "audio_processor_path": UnsupportedName("remove it; models with audio are not supported"),
     "dmd2_*": UnsupportedName(DISTILLATION),
     "embedded_guidance": UnsupportedName(DISTILLATION),
-    "enable_csv_log": UnsupportedName(METRICS, is_switch=True),
     "enable_lora_hot_loading": UnsupportedName("remove it; template models are not supported", is_switch=True),
-    "enable_swanlab_log": UnsupportedName(METRICS, is_switch=True),
-    "enable_tensorboard_log": UnsupportedName(METRICS, is_switch=True),
-    "enable_wandb_log": UnsupportedName(METRICS, is_switch=True),
     "framewise_decoding": UnsupportedName("remove it; Wan Dancer is not supported", is_switch=True),
     "resume_from_checkpoint": UnsupportedName(RESUME),
-    "swanlab_*": UnsupportedName(METRICS),
     "template_model_id_or_path": UnsupportedName("remove it; template models are not supported"),
-    "wandb_*": UnsupportedName(METRICS),
 } | {
     **dict.fromkeys(
         ("resume_from", "resume_path", "resume_checkpoint", "resume_training", "load_checkpoint", "checkpoint_path"),

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
-from diffsynth_core.planning.optimizers import OPTIMIZERS, Package
+from diffsynth_core.planning.optimizers import OPTIMIZERS
+from diffsynth_core.planning.packages import Package
 
 EngineName = Literal["replicated", "fsdp2", "zero1", "zero2", "zero3"]
 DEEPSPEED = Package("deepspeed", "deepspeed", "deepspeed")

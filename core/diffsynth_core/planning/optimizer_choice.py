@@ -1,7 +1,6 @@
 """The optimizer that the parameters name, with its options. Imports nothing but a class that they name by its path."""
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from diffsynth_core.config.origins import Origin
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, report, report_missing, suggest, truncate
 from diffsynth_core.planning.optimizer_options import Option, Options, read_any
-from diffsynth_core.planning.optimizers import DECAY, OPTIMIZERS, OptimizerSpec, Package, on_accelerators, per_number
+from diffsynth_core.planning.optimizers import DECAY, OPTIMIZERS, OptimizerSpec, on_accelerators, per_number
+from diffsynth_core.planning.packages import missing_package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +78,7 @@ def choose_optimizer(parameters: Parameters, origin: Origin, invalid: frozenset[
     if name in OPTIMIZERS:
         spec = OPTIMIZERS[name]
         if spec.package:
-            report_missing(*missing_package(name, spec.package))
+            report_missing(*missing_package(f"`optimizer` `{name}`", spec.package))
         report(*_argument_problems(name, given, spec.options))
         report(*_parameter_problems(name, parameters, given, spec))
         return OptimizerChoice(name, _options(parameters, given, spec))
@@ -100,14 +100,6 @@ def rate_warnings(parameters: Parameters, optimizer: OptimizerChoice) -> Iterato
     if spec.low_rate and rate < spec.low_rate[0] and not spec.takes_rate_as_is(optimizer.options):
         usual, why = spec.low_rate
         yield Problem(f"`learning_rate` is {rate:g}, but {why}", f"set `--learning_rate` to {usual:g} or more")
-
-
-def missing_package(name: str, package: Package) -> list[Problem]:
-    """Return the problem of an optimizer whose package is not installed."""
-    if importlib.util.find_spec(package.module) is not None:
-        return []
-    what = f"`optimizer` `{name}` needs the package {package.name}, which is not installed"
-    return [Problem(what, f"`pip install 'diffsynth-cli[{package.extra}]'`")]
 
 
 def _options(parameters: Parameters, given: Mapping[str, str], spec: OptimizerSpec) -> dict[str, Any]:

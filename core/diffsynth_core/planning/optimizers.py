@@ -21,6 +21,7 @@ from diffsynth_core.planning.optimizer_options import (
     or_none,
     several,
 )
+from diffsynth_core.planning.packages import Package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,21 +40,6 @@ BLOCK = 256
 """Numbers that share a scale in the 8-bit state of bitsandbytes (`blocksize` in bitsandbytes/optim/optimizer.py)."""
 MIN_8BIT = 4096
 """Smaller tensors keep a float32 state (`min_8bit_size` of bitsandbytes)."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package that is not installed with diffsynth.
-
-    Attributes:
-        name: of the distribution.
-        module: what is imported.
-        extra: of our distribution, which installs it.
-    """
-
-    name: str
-    module: str
-    extra: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from diffsynth_core.planning.probing import probe_problems
 from diffsynth_core.planning.recomputation import recomputation_problems
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
+from diffsynth_core.planning.trackers import tracker_problems
 from diffsynth_core.planning.two_stage import check_precompute_output, find_encoded, known_origin
 from diffsynth_core.planning.updates import dtype_problems, update_problems
 from diffsynth_core.progress import Reporter
@@ -179,6 +180,8 @@ def make_plan(
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache))
         report(*probe_problems(parameters))
+        if task.trains:
+            _check_trackers(parameters)
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
         start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter)
     missing = tuple(problems.missing) if without_files else ()
@@ -303,6 +306,12 @@ def _check_updates(
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
     report(*update_problems(parameters, optimizer, mixed_precision, world_size), *recomputation_problems(parameters))
     for problem in engine_problems(parameters, optimizer, mixed_precision, engine):
+        (report if problem.wrong_use else report_missing)(problem)
+
+
+def _check_trackers(parameters: Parameters) -> None:
+    """Report trackers that do not exist, or whose packages are not installed."""
+    for problem in tracker_problems(parameters):
         (report if problem.wrong_use else report_missing)(problem)
 
 

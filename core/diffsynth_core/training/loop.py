@@ -23,6 +23,7 @@ from diffsynth_core.checkpoints.run_folder import (
     RunRecord,
     claim_folder,
     folder_identity,
+    last_measured_step,
     package_versions,
     read_record,
 )
@@ -39,6 +40,7 @@ from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.engines import SHARDING_VARIABLES
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import check_compilations
+from diffsynth_core.planning.trackers import chosen_trackers
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.checkpointing import checkpoint_content, write_checkpoint
@@ -51,6 +53,7 @@ from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
 from diffsynth_core.training.pace import Pace
 from diffsynth_core.training.schedules import learning_rate
+from diffsynth_core.training.trackers import tracker_observers
 from diffsynth_core.training.trial import try_largest
 from diffsynth_core.weights.writing import access_as_written
 
@@ -241,6 +244,7 @@ class Run:
         if self.accelerator.is_main_process:
             self.observers += [
                 MetricsObserver(self.folder, self.plan.output.start.first_step, self.reporter.warn),
+                *tracker_observers(self.plan, self.record, self.reporter),
                 ForecastObserver(self.plan, self.pace, stop, self.reporter, self.seconds_before),
             ]
         try:
@@ -488,6 +492,11 @@ class Run:
                 float8_components=plan.model.float8_components,
                 quantized_components=plan.model.quantized_components,
             )
+        else:
+            last = last_measured_step(self.folder)
+            record.tracked |= {
+                name: max(last, record.tracked.get(name, 0)) for name in chosen_trackers(record.parameters)
+            }
         # Checkpoints after the resumed state will be written again.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.output.start.first_step]
         record.parameters, record.versions = (

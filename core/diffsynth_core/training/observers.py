@@ -48,6 +48,15 @@ class Observer:
         """Called when the loop ends, however it ends."""
 
 
+def metrics_of(report: StepReport) -> dict[str, float | int]:
+    """Return what is recorded of a step, by the names in `metrics.jsonl` and in trackers."""
+    return {
+        "step": report.step, "epoch": report.epoch, "samples_seen": report.samples_seen, "loss": report.loss,
+        "lr": report.learning_rate, "grad_norm": report.gradient_norm, "seconds": round(report.seconds, 6),
+        "data_seconds": round(report.data_seconds, 6),
+    }  # fmt: skip
+
+
 class MetricsObserver(Observer):
     """Writes `metrics.jsonl`."""
 
@@ -55,13 +64,7 @@ class MetricsObserver(Observer):
         self._file = MetricsFile(folder, first_step, warn)
 
     def on_step(self, report: StepReport) -> None:
-        self._file.write(
-            {
-                "step": report.step, "epoch": report.epoch, "samples_seen": report.samples_seen, "loss": report.loss,
-                "lr": report.learning_rate, "grad_norm": report.gradient_norm, "seconds": round(report.seconds, 6),
-                "data_seconds": round(report.data_seconds, 6),
-            }
-        )  # fmt: skip
+        self._file.write(metrics_of(report))
 
     def on_end(self) -> None:
         self._file.close()
