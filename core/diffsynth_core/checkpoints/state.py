@@ -98,7 +98,7 @@ def restore_state(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    _restore_optimizer(trained, optimizer, moments, loop_state.optimizer)
+    restore_optimizer(trained, optimizer, moments, loop_state.optimizer)
 
 
 def read_state(
@@ -172,12 +172,13 @@ def _values(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimize
     return OptimizerValues({name: values for name, values in parameters.items() if values}, groups)
 
 
-def _restore_optimizer(
+def restore_optimizer(
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
     values: OptimizerValues,
 ) -> None:
+    """Restore an optimizer of parameters, or of parts of them, from tensors of the same parts and the other values."""
     # Optimizers of torch keep their step count on the CPU, unless they are fused.
     counted_on_device = {id(one) for group in optimizer.param_groups if group.get("fused") for one in group["params"]}
     for key, value in tensors.items():

@@ -5,7 +5,8 @@ Both do what one optimizer of all parameters does, to the bit, if it updates eac
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,20 @@ from torch.optim import Optimizer
 
 from diffsynth_core.host_memory import allocate, pin
 
-MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], Optimizer]
-"""Creates the optimizer of parameters by name."""
+WHOLE: Mapping[str, int] = MappingProxyType({})
+
+
+class MakeOptimizer(Protocol):
+    """Creates the optimizer of parameters by name."""
+
+    def __call__(self, trained: Mapping[str, nn.Parameter], starts: Mapping[str, int] = WHOLE, /) -> Optimizer:
+        """Create it.
+
+        Args:
+            starts: index of the first number of each parameter in the whole one, if they are parts of those.
+        """
+
+
 Options = dict[str, Any]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffsynth_core.optimizers.names import UPDATE
+from diffsynth_core.optimizers.per_parameter import WHOLE
 from diffsynth_core.randomness import key_of
 
 CHUNK = 1 << 22
@@ -30,14 +31,17 @@ class RoundedOptimizer(Optimizer):
     alone. Its state is that of this optimizer for the parameter, and its options are a parameter group here.
     """
 
-    def __init__(self, build: BuildOptimizer, trained: Mapping[str, nn.Parameter], seed: int) -> None:
+    def __init__(
+        self, build: BuildOptimizer, trained: Mapping[str, nn.Parameter], seed: int, starts: Mapping[str, int] = WHOLE
+    ) -> None:
         """Split the parameters by dtype.
 
         Args:
             build: creates the optimizer of some of the parameters.
             trained: parameters by name; the random numbers of one depend on its name, the seed and the step.
+            starts: index of the first number of each parameter in the whole one, if they are parts of those.
         """
-        self._seed = seed
+        self._seed, self._starts = seed, starts
         self._rounded = {name: weight for name, weight in trained.items() if weight.dtype == torch.bfloat16}
         # A stand-in has the shape of its parameter, which some optimizers look at, and the memory of one number.
         self._copies = [nn.Parameter(_blank(weight)) for weight in self._rounded.values()]
@@ -61,7 +65,8 @@ class RoundedOptimizer(Optimizer):
                 continue
             copy.data, copy.grad = weight.float(), weight.grad.float()
             _step(part, defaultdict(dict, {copy: self.state[weight]}), [(group, [copy])])
-            round_stochastically(copy.data, key_of(self._seed, "rounding", group[UPDATE], name), out=weight)
+            key = key_of(self._seed, "rounding", group[UPDATE], name)
+            round_stochastically(copy.data, key, out=weight, start=self._starts.get(name, 0))
             copy.data, copy.grad = _blank(weight), None
         if self._rest:
             _step(self._rest, self.state, [(group, group["params"]) for group in self.param_groups[count:]])

@@ -82,7 +82,7 @@ SHARDING_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELE
 """Variables by which accelerate's launcher asks for an engine (`accelerate/utils/launch.py`)."""
 
 
-BUILT: frozenset[EngineName] = frozenset({"replicated"})
+BUILT: frozenset[EngineName] = frozenset({"replicated", "fsdp2"})
 """Engines that exist."""
 
 

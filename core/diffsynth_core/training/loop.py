@@ -32,7 +32,7 @@ from diffsynth_core.checkpoints.state import save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
+from diffsynth_core.optimizers.per_parameter import WHOLE, PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
 from diffsynth_core.planning.block_swap import trained_blocks
 from diffsynth_core.planning.disk import assumed_save_seconds
@@ -169,23 +169,27 @@ def make_accelerator(plan: RunPlan) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(plan: RunPlan, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """Create the optimizer of a run for parameters by name."""
+def make_optimizer(
+    plan: RunPlan, trained: Mapping[str, nn.Parameter], starts: Mapping[str, int] = WHOLE
+) -> torch.optim.Optimizer:
+    """Create the optimizer of a run for parameters by name, or for parts of them; see `MakeOptimizer`."""
     make, settings = partial(_make_whole, plan), plan.parameters
     if not (settings.fused_backward or settings.enable_optimizer_cpu_offload):
-        return make(trained)
+        return make(trained, starts)
     blocks = trained_blocks(plan.model, plan.training, settings.blocks_to_swap)
     waiting = tuple(f"{plan.model.facts.denoiser}.{block}." for block in blocks)
     on_host = [name for name in trained if settings.enable_optimizer_cpu_offload or name.startswith(waiting)]
     return PerParameterOptimizer(make, trained, torch.device(plan.machine.device), on_host)
 
 
-def _make_whole(plan: RunPlan, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+def _make_whole(
+    plan: RunPlan, trained: Mapping[str, nn.Parameter], starts: Mapping[str, int] = WHOLE
+) -> torch.optim.Optimizer:
     """Create an optimizer that updates all parameters in its step."""
     build = partial(plan.training.optimizer.build, plan.parameters.learning_rate)
     if all(weight.dtype == torch.float32 for weight in trained.values()):
         return build(trained.values())
-    return RoundedOptimizer(build, trained, plan.parameters.seed)
+    return RoundedOptimizer(build, trained, plan.parameters.seed, starts)
 
 
 def _check_identities(plan: RunPlan) -> None:

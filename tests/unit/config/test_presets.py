@@ -12,6 +12,8 @@ from diffsynth_core.config.recipes import recipe_folder
 FOLDER = recipe_folder() / "accelerate"
 EXPECTED = {
     "ddp": (DistributedType.MULTI_GPU, None, None),
+    "fsdp2": (DistributedType.FSDP, None, None),
+    "fsdp2offload": (DistributedType.FSDP, None, None),
     "zero2": (DistributedType.DEEPSPEED, 2, "none"),
     "zero2offload": (DistributedType.DEEPSPEED, 2, "cpu"),
     "zero3": (DistributedType.DEEPSPEED, 3, "none"),
@@ -43,7 +45,8 @@ def test_accelerate_reads_the_kind_of_distribution(name):
 def test_accelerate_knows_every_key(name):
     """accelerate silently ignores a key for which its launcher has no option."""
     options = vars(launch_command_parser().parse_args(["train.py"]))
-    assert read(name).deepspeed_config.keys() <= options.keys()
+    config = read(name)
+    assert config.deepspeed_config.keys() | config.fsdp_config.keys() <= options.keys()
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -4,6 +4,7 @@ from accelerate import Accelerator
 
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.engines.fsdp import ShardedEngine
 from diffsynth_core.training.engines.fused import FusedEngine
 from diffsynth_core.training.engines.replicated import ReplicatedEngine
 
@@ -13,4 +14,6 @@ def make_engine(plan: RunPlan, accelerator: Accelerator) -> Engine:
     settings = plan.parameters
     if settings.fused_backward:
         return FusedEngine(accelerator, settings.max_grad_norm)
+    if plan.machine.engine.name == "fsdp2":
+        return ShardedEngine(accelerator, settings.max_grad_norm, plan.machine.engine, plan.model.facts)
     return ReplicatedEngine(accelerator, settings.max_grad_norm)

@@ -12,6 +12,7 @@ from diffsynth_core.checkpoints.state import StateTensors, restore_state, state_
 from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.engines.gradients import norm_of
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 
@@ -61,11 +62,7 @@ class ReplicatedEngine(Engine):
     def gradient_norm(self) -> Tensor:
         self._accelerator.unscale_gradients(self._optimizer)
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
-        if any(gradient.dtype != torch.float32 for gradient in gradients):  # of bfloat16 it would be in bfloat16
-            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-            norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        else:
-            norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm_of(gradients)
         if self._limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._limit, norm)
         return norm
