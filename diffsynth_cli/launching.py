@@ -143,7 +143,7 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
     configured = read_yaml(config) if config else {}
     machines = int(configured.get("num_machines") or 1)
     if device == "cpu":
-        environment["ACCELERATE_USE_CPU"] = "true"
+        environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
     elif torch.accelerator.device_count() < processes // machines:
         there = torch.accelerator.device_count()
         raise DiffSynthError(

@@ -17,10 +17,25 @@ from diffsynth_cli.main import main
 
 PROCESSES = 2
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO, ZERO_SETTING = {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_DEEPSPEED"
 ENGINES: Mapping[str, Mapping[str, str]] = {
     "ddp": {},
     "fsdp2": FSDP2,
     "fsdp2 offload": {**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"},
+    "zero1": {**ZERO, f"{ZERO_SETTING}_ZERO_STAGE": "1"},
+    "zero2": {**ZERO, f"{ZERO_SETTING}_ZERO_STAGE": "2"},
+    "zero2 offload": {
+        **ZERO,
+        f"{ZERO_SETTING}_ZERO_STAGE": "2",
+        f"{ZERO_SETTING}_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    },
+    "zero3": {**ZERO, f"{ZERO_SETTING}_ZERO_STAGE": "3"},
+    "zero3 offload": {
+        **ZERO,
+        f"{ZERO_SETTING}_ZERO_STAGE": "3",
+        f"{ZERO_SETTING}_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+        f"{ZERO_SETTING}_OFFLOAD_PARAM_DEVICE": "cpu",
+    },
 }
 """Engines by title, and how the launcher asks its processes for them."""
 COMMON = ("--device", "cpu", "--dataset_num_workers", "0", "--num_epochs", "1", "--dataset_repeat", "3")

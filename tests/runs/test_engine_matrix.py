@@ -9,6 +9,8 @@ from tests.runs.engines import ENGINES, RECIPES, difference, flags_of, train_her
 
 CASES = [(family, task) for family in RECIPES for task in ("lora", "full")]
 QUICK = CASES[:2]
+SIMILAR = ("zero1", "zero2 offload", "zero3 offload")
+"""Engines that are nearly others."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def alone(prepared) -> Callable[[str, str], Path]:
     return train
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=pytest.mark.long if name in SIMILAR else ()) for name in ENGINES]
+)
 @pytest.mark.parametrize(
     "cases", [QUICK, pytest.param(CASES[2:], marks=pytest.mark.long)], ids=["qwen-image", "others"]
 )

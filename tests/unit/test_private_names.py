@@ -25,11 +25,14 @@ USED = {
     ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_flash_attention"),
     ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_flash_attention_for_cpu"),
     ("core/diffsynth_core/training/activations.py", "_base"),
+    ("core/diffsynth_core/training/engines/zero.py", "_get_norm_groups"),
+    ("core/diffsynth_core/training/engines/zero.py", "_lazy_init_hp_params_optimizer_state"),
     ("core/diffsynth_core/training/loop.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone
 }
 """Each has a comment where it is used, and a test below, which fails first if a package changes it; for the measurement
-of activations that is tests/unit/models/test_activation_memory.py, for attention tests/parity/test_attention.py."""
+of activations that is tests/unit/models/test_activation_memory.py, for attention tests/parity/test_attention.py, for
+DeepSpeed tests/runs/test_zero.py."""
 NOT_PRIVATE = {"_exit", "_replace"}
 """Documented by Python: `os._exit`, and `_replace` of named tuples."""
 

@@ -4,7 +4,7 @@ A new state is complete before an older one is removed.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class StateTensors:
 
 def state_of(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> StateTensors:
     """Return the state of whole parameters and their optimizer."""
-    return StateTensors(trained, _tensors(trained, optimizer), _values(trained, optimizer))
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
+    return StateTensors(trained, _tensors(trained, optimizer), optimizer_values(states, optimizer))
 
 
 def save_state(folder: Path, loop_state: LoopState, tensors: StateTensors, keep: int) -> None:
@@ -154,12 +155,15 @@ def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimiz
     }
 
 
-def _values(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> OptimizerValues:
-    """Return the optimizer's state other than tensors: per parameter, and changed options of its groups."""
+def optimizer_values(states: Mapping[str, Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> OptimizerValues:
+    """Return the optimizer's state other than tensors: per parameter, and changed options of its groups.
+
+    Args:
+        states: of the parameters by name.
+    """
     parameters = {
         name: {kind: value for kind, value in state.items() if not isinstance(value, Tensor)}
-        for name, parameter in trained.items()
-        if (state := optimizer.state.get(parameter))
+        for name, state in states.items()
     }
     groups = [
         {
@@ -193,8 +197,15 @@ def restore_optimizer(
             optimizer.state[parameter][kind] = value.to("cpu" if on_host else device, copy=True)
     for name, kinds in values.parameters.items():
         optimizer.state[trained[name]].update(kinds)
-    for group, changed in zip(optimizer.param_groups, values.groups, strict=bool(values.groups)):
-        device = optimizer.device if isinstance(optimizer, PerParameterOptimizer) else group["params"][0].device
+    first = next(iter(trained.values()))
+    restore_groups(
+        optimizer, values.groups, optimizer.device if isinstance(optimizer, PerParameterOptimizer) else first.device
+    )
+
+
+def restore_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+    """Restore changed options of the optimizer's parameter groups; tensors among them on this device."""
+    for group, changed in zip(optimizer.param_groups, groups, strict=bool(groups)):
         group.update({kind: _like(group.get(kind), value, device) for kind, value in changed.items()})
 
 

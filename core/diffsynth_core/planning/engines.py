@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.optimizers import OPTIMIZERS
-from diffsynth_core.planning.packages import Package
+from diffsynth_core.planning.packages import Package, missing_package
 
 EngineName = Literal["replicated", "fsdp2", "zero1", "zero2", "zero3"]
 DEEPSPEED = Package("deepspeed", "deepspeed", "deepspeed")
@@ -80,10 +79,6 @@ class EngineChoice:
 REPLICATED = EngineChoice()
 SHARDING_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 """Variables by which accelerate's launcher asks for an engine (`accelerate/utils/launch.py`)."""
-
-
-BUILT: frozenset[EngineName] = frozenset({"replicated", "fsdp2"})
-"""Engines that exist."""
 
 
 def engine_of_configuration(settings: Mapping[str, Any], source: str) -> EngineChoice:
@@ -254,6 +249,20 @@ EXCLUSIONS = (
         why="scales the loss by whole gradients, of which {engine} has parts",
         hint=f"pass `--mixed_precision bf16`, {WITHOUT_SHARDING}",
     ),
+    Exclusion(
+        applies=lambda parameters, optimizer, precision: parameters.trained_dtype != "float32",
+        what="`trained_dtype`",
+        why="asks for weights that are updated one by one, where {engine} updates all in one piece, in float32",
+        hint="remove it, or shard with FSDP2 (`--accelerate_config fsdp2`)",
+        engines=("zero1", "zero2", "zero3"),
+    ),
+    Exclusion(
+        applies=lambda parameters, optimizer, precision: parameters.compile,
+        what="`compile`",
+        why="traces through blocks whose weights {engine} gathers while they run",
+        hint="remove it, or use ZeRO-2 (`--accelerate_config zero2`)",
+        engines=("zero3",),
+    ),
 )
 """The pairs that are refused; the others are run by tests/runs/test_engine_matrix.py."""
 
@@ -263,12 +272,8 @@ def engine_problems(
 ) -> Iterator[Problem]:
     """Yield why a run cannot train with its engine."""
     yield from engine.problems
-    if engine.name not in BUILT:
-        yield Problem(f"{engine.spec.title} is not supported yet", "use DDP: `--accelerate_config ddp`", wrong_use=True)
-    package = engine.spec.package
-    if package and find_spec(package.module) is None:
-        what = f"{engine.spec.title} needs the package {package.name}, which is not installed"
-        yield Problem(what, f"run `pip install 'diffsynth-cli[{package.extra}]'`")
+    if engine.spec.package:
+        yield from missing_package(engine.spec.title, engine.spec.package)
     for row in EXCLUSIONS:
         if engine.name in row.engines and row.applies(parameters, optimizer, mixed_precision):
             what = f"{row.what} does not go with {engine.spec.title}: it {row.why.format(engine=engine.spec.title)}"

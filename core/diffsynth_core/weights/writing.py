@@ -16,7 +16,7 @@ from diffsynth_core.weights.headers import make_header
 
 
 class LazyStateDict(Mapping[str, Tensor]):
-    """Tensors that are computed on access and not kept: the fused matrices of FLUX.1 have 14 GB in total."""
+    """Tensors that are computed on access and not kept: the fused matrices of a model may have 14 GB in total."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
         self._makers = makers

@@ -11,10 +11,11 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from diffsynth_core.config.origins import DEFAULT
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.recipes import launcher_presets
-from diffsynth_core.errors import collect_problems
+from diffsynth_core.errors import Problem, collect_problems
 from diffsynth_core.planning.engines import (
     ENGINES,
     EngineChoice,
+    EngineName,
     engine_of_configuration,
     engine_of_environment,
     engine_problems,
@@ -103,6 +104,15 @@ def test_what_no_engine_here_does_is_a_problem(settings, what):
     assert what in problem.message and problem.hint and problem.wrong_use
 
 
+def problems_of(name: EngineName, flags: dict[str, object]) -> list[Problem]:
+    """Why a run with these parameters cannot train with an engine."""
+    parameters = Parameters.model_validate(flags)
+    with collect_problems() as problems:
+        optimizer = choose_optimizer(parameters, DEFAULT, frozenset())
+    assert not problems
+    return list(engine_problems(parameters, optimizer, parameters.mixed_precision or "no", EngineChoice(name=name)))
+
+
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "replicated"])
 @pytest.mark.parametrize(
     ("flags", "what"),
@@ -114,12 +124,27 @@ def test_what_no_engine_here_does_is_a_problem(settings, what):
     ],
 )
 def test_what_parts_of_tensors_cannot_be_trained_with_is_refused(name, flags, what):
-    parameters = Parameters.model_validate(flags)
-    with collect_problems() as problems:
-        optimizer = choose_optimizer(parameters, DEFAULT, frozenset())
-    assert not problems
-    found = engine_problems(parameters, optimizer, parameters.mixed_precision or "no", EngineChoice(name=name))
+    found = problems_of(name, flags)
     assert [problem for problem in found if what in problem.message and problem.wrong_use]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "what"),
+    [
+        ("zero2", {"trained_dtype": "bf16", "mixed_precision": "bf16"}, "trained_dtype"),
+        ("zero3", {"compile": True}, "compile"),
+    ],
+)
+def test_what_deepspeed_alone_cannot_train_with_is_refused(name, flags, what):
+    (problem,) = problems_of(name, flags)
+    assert what in problem.message and problem.wrong_use
+    assert not problems_of(name, {})
+
+
+def test_deepspeed_that_is_not_installed_is_a_problem_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = problems_of("zero2", {})
+    assert "deepspeed" in problem.message and problem.hint == "`pip install 'diffsynth-cli[deepspeed]'`"
 
 
 def test_presets_are_engines_that_exist():

@@ -7,6 +7,7 @@ from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.engines.fsdp import ShardedEngine
 from diffsynth_core.training.engines.fused import FusedEngine
 from diffsynth_core.training.engines.replicated import ReplicatedEngine
+from diffsynth_core.training.engines.zero import STAGES, ZeroEngine
 
 
 def make_engine(plan: RunPlan, accelerator: Accelerator) -> Engine:
@@ -16,4 +17,6 @@ def make_engine(plan: RunPlan, accelerator: Accelerator) -> Engine:
         return FusedEngine(accelerator, settings.max_grad_norm)
     if plan.machine.engine.name == "fsdp2":
         return ShardedEngine(accelerator, settings.max_grad_norm, plan.machine.engine, plan.model.facts)
+    if plan.machine.engine.name in STAGES:
+        return ZeroEngine(accelerator, settings.max_grad_norm, plan.machine.engine)
     return ReplicatedEngine(accelerator, settings.max_grad_norm)

@@ -25,9 +25,9 @@ class FusedEngine(ReplicatedEngine):
         self._swap = model.trained_swap
         for part in model.modules():  # parameters are where they belong: on the device, or waiting in host memory
             for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, buffer.to(self._accelerator.device))
+                setattr(part, name, buffer.to(self.accelerator.device))
         # Mixed precision alone: accelerate would wrap the one process of a launcher in DDP, which keeps all gradients.
-        self._module = self._accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        self._module = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         self._norms: dict[nn.Parameter, Tensor] = {}
         self._in_trial = False
         for parameter in self._trained.values():
@@ -47,7 +47,7 @@ class FusedEngine(ReplicatedEngine):
 
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
         losses: Tensor = self._module(micro_batch)
-        self._accelerator.backward(losses.sum() * weight)
+        self.accelerator.backward(losses.sum() * weight)
         return losses.detach()
 
     def _take(self, parameter: Tensor) -> None:

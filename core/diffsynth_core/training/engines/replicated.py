@@ -21,7 +21,7 @@ class ReplicatedEngine(Engine):
     """One process, or DDP: every process holds all weights and the whole optimizer."""
 
     def __init__(self, accelerator: Accelerator, max_grad_norm: float | None) -> None:
-        self._accelerator, self._limit = accelerator, max_grad_norm
+        self.accelerator, self._limit = accelerator, max_grad_norm
         self._updating = False
 
     def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
@@ -30,13 +30,13 @@ class ReplicatedEngine(Engine):
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
         self._trained: dict[str, nn.Parameter] = model.trained()
         self._plain = make_optimizer(self._trained)
-        self._module, self._optimizer = self._accelerator.prepare(model, self._plain)
+        self._module, self._optimizer = self.accelerator.prepare(model, self._plain)
 
     def try_out(self, micro_batch: MicroBatch, reserved: int) -> Tensor:
-        taken = torch.empty(reserved, dtype=torch.uint8, device=self._accelerator.device)
-        with self._accelerator.no_sync(self._module):
+        taken = torch.empty(reserved, dtype=torch.uint8, device=self.accelerator.device)
+        with self.accelerator.no_sync(self._module):
             losses: Tensor = self._module(micro_batch)
-            self._accelerator.backward(losses.sum())
+            self.accelerator.backward(losses.sum())
         del taken
         self._plain.zero_grad(set_to_none=True)
         return losses.detach()
@@ -48,19 +48,19 @@ class ReplicatedEngine(Engine):
                 group[UPDATE] = number
 
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
-        with nullcontext() if last else self._accelerator.no_sync(self._module):
+        with nullcontext() if last else self.accelerator.no_sync(self._module):
             losses: Tensor = self._module(micro_batch)
-            self._accelerator.backward(losses.sum() * weight)
+            self.accelerator.backward(losses.sum() * weight)
         return losses.detach()
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
-        if self._accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return values
-        total: Tensor = self._accelerator.reduce(values, "sum")
+        total: Tensor = self.accelerator.reduce(values, "sum")
         return total
 
     def gradient_norm(self) -> Tensor:
-        self._accelerator.unscale_gradients(self._optimizer)
+        self.accelerator.unscale_gradients(self._optimizer)
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         norm = norm_of(gradients)
         if self._limit is not None:
@@ -69,7 +69,7 @@ class ReplicatedEngine(Engine):
 
     @property
     def skips_overflow(self) -> bool:
-        return self._accelerator.scaler is not None
+        return self.accelerator.scaler is not None
 
     def step(self) -> bool:
         self._updating = True
@@ -93,15 +93,15 @@ class ReplicatedEngine(Engine):
         return state_of(self._trained, self._plain)
 
     def scaler_state(self) -> dict[str, int | float]:
-        scaler = self._accelerator.scaler
+        scaler = self.accelerator.scaler
         return {} if scaler is None else dict(scaler.state_dict())
 
     def restore(self, saved: SavedState) -> None:
         # Into the plain optimizer, after prepare(), which would move its step counters to the device: each step would
         # then sync.
         restore_state(saved.path, saved.loop_state, self._trained, self._plain)
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(saved.loop_state.scaler)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.loop_state.scaler)
 
     def wait(self) -> None:
-        self._accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()

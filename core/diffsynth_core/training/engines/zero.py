@@ -1,0 +1,253 @@
+"""DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), called directly: accelerate only starts processes.
+
+accelerate would step the optimizer within the last backward pass, before the loop has looked at the norm, and clip at
+1.0 unless told otherwise, as DeepSpeed itself does.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffsynth_core.adapters.tensors import place
+from diffsynth_core.checkpoints.saved_states import SavedState
+from diffsynth_core.checkpoints.state import StateTensors, optimizer_values, read_state, restore_groups
+from diffsynth_core.optimizers.per_parameter import MakeOptimizer
+from diffsynth_core.planning.engines import EngineChoice
+from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.loader import MicroBatch
+from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.weights.writing import LazyStateDict
+
+REDUCE_BUCKET = 500_000_000
+"""Numbers whose gradients are averaged at once: the default of DeepSpeed."""
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+"""Engine -> what DeepSpeed divides: optimizer state; gradients too; weights too."""
+
+
+class ZeroEngine(Engine):
+    """Several processes, each of which updates its part of all trained numbers, flattened, in float32.
+
+    From stage 3 on each holds only its part of the weights as well, frozen ones too, which are gathered for the time of
+    their use.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_grad_norm: float | None, choice: EngineChoice) -> None:
+        self._accelerator, self._stage = accelerator, STAGES[choice.name]
+        self._deepspeed = _open_deepspeed(accelerator)
+        self._settings = _settings(choice, self._stage, max_grad_norm, accelerator.device)
+        self._divide: Callable[[list[nn.Parameter]], None] | None = None
+        """Keeps this process's part of whole parameters, which are the same in all processes."""
+        self._updating = False
+
+    def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
+        place(component, name, tensor)
+        parent, _, leaf = name.rpartition(".")
+        parameter = getattr(component.get_submodule(parent), leaf)
+        if self._stage < 3 or not isinstance(parameter, nn.Parameter):
+            return
+        if self._divide:
+            self._divide([parameter])
+        else:
+            self._deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self._settings)
+            self._divide = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
+
+    def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
+        self._trained: dict[str, nn.Parameter] = model.trained()
+        # Mixed precision alone, within the module: DeepSpeed turns autocast off around it.
+        module = self._accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        self._optimizer = make_optimizer(self._trained)
+        self._settings["zero_optimization"]["reduce_bucket_size"] = min(
+            self._settings["zero_optimization"]["reduce_bucket_size"],
+            sum(_shape(parameter).numel() for parameter in self._trained.values()),
+        )
+        self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=self._optimizer, config=self._settings)
+
+    def try_out(self, micro_batch: MicroBatch, reserved: int) -> Tensor:
+        taken = torch.empty(reserved, dtype=torch.uint8, device=self._accelerator.device)
+        # The gradients are zeros, to which those of the first step are added: DeepSpeed can forget none.
+        losses = self.forward_backward(micro_batch, weight=0.0, last=False)
+        del taken
+        return losses
+
+    def begin(self, rate: float, number: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
+        self._engine.set_gradient_accumulation_boundary(last)
+        losses: Tensor = self._engine(micro_batch)
+        self._engine.backward(losses.sum() * weight, scale_wrt_gas=False)
+        return losses.detach()
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        total: Tensor = self._accelerator.reduce(values, "sum")
+        return total
+
+    def gradient_norm(self) -> Tensor:
+        # Computed once more in the step, which clips by it. DeepSpeed tells it publicly only after the step.
+        norm: Tensor
+        if self._stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norm = combine_grad_norm_groups(self._engine.optimizer._get_norm_groups())
+        else:
+            norm = self._engine.optimizer.scaled_global_norm()
+        return norm.to(self._accelerator.device)
+
+    @property
+    def skips_overflow(self) -> bool:
+        return False
+
+    def step(self) -> bool:
+        self._updating = True
+        self._engine.step()
+        self._updating = False
+        return True
+
+    @property
+    def updating(self) -> bool:
+        return self._updating
+
+    @property
+    def gathers(self) -> bool:
+        return True
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            whole: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(tensor)
+            return whole.detach()
+        if not hasattr(tensor, "ds_id"):  # of stage 3 alone, which has no parameter of another kind
+            return tensor.detach()
+        with self._deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+
+    def state(self) -> StateTensors:
+        weights = {name: partial(self.whole, parameter) for name, parameter in self._trained.items()}
+        # Every part has the same kinds, and counters of the same value.
+        part: Mapping[str, Any] = next(iter(self._optimizer.state.values()), {})
+        moments = {
+            f"{name}/{kind}": partial(self._moment, parameter, kind)
+            for name, parameter in self._trained.items()
+            for kind, value in part.items()
+            if isinstance(value, Tensor)
+        }
+        values = optimizer_values(dict.fromkeys(self._trained, part), self._optimizer)
+        return StateTensors(LazyStateDict(weights), LazyStateDict(moments), values)
+
+    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Return a tensor of the optimizer's state of one parameter, whole; a counter as it is."""
+        value: Tensor = next(iter(self._optimizer.state.values()))[kind]
+        if value.dim():
+            value = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
+        return value
+
+    def scaler_state(self) -> dict[str, int | float]:
+        return {}
+
+    def restore(self, saved: SavedState) -> None:
+        shapes = {name: tuple(_shape(parameter)) for name, parameter in self._trained.items()}
+        values = saved.loop_state.optimizer
+        weights, moments = read_state(saved.path, saved.loop_state, shapes, len(self._optimizer.param_groups))
+        kinds = {key.rpartition("/")[2]: value for key, value in moments.items()}
+        for part in self._parts():
+            state = self._optimizer.state[part]
+            state |= {kind: torch.zeros_like(part) for kind, value in kinds.items() if value.dim()}
+            # Counters are on the CPU, unless the optimizer is fused.
+            device = part.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
+            state |= {kind: value.to(device, copy=True) for kind, value in kinds.items() if not value.dim()}
+            state |= next(iter(values.parameters.values()), {})
+        if kinds and self._stage < 3:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                self._set_weight(parameter, weights[name])
+                for kind in kinds:
+                    moment = moments.get(f"{name}/{kind}")  # None: it has had no gradient
+                    if moment is not None and moment.dim():
+                        self._set_part(parameter, moment, kind)
+        restore_groups(self._optimizer, values.groups, self._accelerator.device)
+
+    def _parts(self) -> list[Tensor]:
+        """Return the flat parts of the trained numbers that this process updates."""
+        optimizer = self._engine.optimizer
+        parts: list[Tensor] = (
+            optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        return parts
+
+    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self._stage == 3:
+            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self._accelerator.is_main_process:
+                    parameter.copy_(value)
+        else:
+            parameter.copy_(value)
+        self._set_part(parameter, value)
+
+    def _set_part(self, parameter: nn.Parameter, value: Tensor, kind: str | None = None) -> None:
+        """Set this process's part of a float32 weight, or of one kind of the optimizer's state, from the whole."""
+        tools = self._deepspeed.utils
+        if self._stage == 3:
+            # Cut here, because `safe_set_full_…` of DeepSpeed 0.19 fails where the number of processes does not divide
+            # the size.
+            size, index = parameter.ds_tensor.numel(), self._accelerator.process_index  # type: ignore[attr-defined]
+            own = value.flatten()[size * index : size * (index + 1)]
+            own = functional.pad(own, (0, size - own.numel()))
+            set_weight, set_moment = tools.safe_set_local_fp32_param, tools.safe_set_local_optimizer_state
+        else:
+            own, set_weight, set_moment = value, tools.safe_set_full_fp32_param, tools.safe_set_full_optimizer_state
+        if kind is None:
+            set_weight(parameter, own)
+        else:
+            set_moment(parameter, own, kind)
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a whole parameter, which is empty itself where it is divided."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _open_deepspeed(accelerator: Accelerator) -> Any:
+    """Return the module DeepSpeed, set up for the device and the group of the processes that run."""
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if on_cpu:
+        # Reductions through shared memory, which are compiled with g++ when they are first used, for a minute or more.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls functions that torch has renamed.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    return deepspeed
+
+
+def _settings(choice: EngineChoice, stage: int, max_grad_norm: float | None, device: torch.device) -> dict[str, Any]:
+    """Return the configuration of DeepSpeed."""
+    offload = {"device": "cpu", "pin_memory": device.type != "cpu"}
+    zero: dict[str, Any] = {"stage": stage, "memory_efficient_linear": False, "reduce_bucket_size": REDUCE_BUCKET}
+    if choice.offload_optimizer:
+        zero["offload_optimizer"] = offload
+    if choice.offload_weights:
+        zero["offload_param"] = offload
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # required, and used for its own reports alone
+        "gradient_clipping": max_grad_norm or 0.0,  # its default is 1.0
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # keeps the optimizer of the run
+        "zero_optimization": zero,
+    }
