@@ -54,6 +54,20 @@ TASKS = {
 }
 
 
+QWEN_DIT = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
+CHANGES = {
+    "one row over two processes": ("lora", ("--lora_rank", "1")),
+    "clipped": ("lora", ("--max_grad_norm", "0.01")),
+    "8-bit floats": ("lora", ("--fp8_models", QWEN_DIT)),
+    "int8": ("lora", ("--quant_options", f"{QWEN_DIT}:int8")),
+    "nf4": ("lora", ("--quant_options", f"{QWEN_DIT}:nf4")),
+    "nested checkpoints": ("lora", ("--checkpointing", "nested")),
+    "every second block kept": ("lora", ("--checkpointing", "keep_every_2")),
+    "no checkpointing": ("full", ("--no-use_gradient_checkpointing",)),
+}
+"""What engines that shard have to get along with; name -> task of Qwen-Image, and further flags."""
+
+
 def flags_of(family: str, task: str) -> tuple[str, ...]:
     """Return the flags of a run of three steps: of four samples, four, and one."""
     video = ("--height", "32", "--width", "48", "--num_frames", "1") if family == "wan" else ()

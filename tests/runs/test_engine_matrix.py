@@ -1,65 +1,117 @@
 """Every engine trains in two processes what one process trains with accumulation."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.runs.engines import ENGINES, RECIPES, difference, flags_of, train_here, train_in_processes
+from tests.runs.engines import (
+    CHANGES,
+    ENGINES,
+    RECIPES,
+    TASKS,
+    difference,
+    flags_of,
+    losses_of,
+    train_here,
+    train_in_processes,
+)
 
-CASES = [(family, task) for family in RECIPES for task in ("lora", "full")]
-QUICK = CASES[:2]
-SIMILAR = ("zero1", "zero2 offload", "zero3 offload")
-"""Engines that are nearly others."""
+Case = tuple[str, str, tuple[str, ...]]
+"""Family, task, and further flags."""
+CASES: list[Case] = [(family, task, ()) for family in RECIPES for task in TASKS]
+OTHERS: list[Case] = [("qwen-image", task, flags) for task, flags in CHANGES.values()]
+FSDP2 = [engine for engine in ENGINES if engine.startswith("fsdp2")]
+
+
+@dataclass
+class Place:
+    """Where the cases train."""
+
+    models: Path
+    photographs: Path
+    folder: Path
+    alone: dict[Case, Path] = field(default_factory=dict)
+
+    def flags(self, case: Case) -> tuple[str, ...]:
+        family, task, more = case
+        metadata = self.folder / ("video.csv" if family == "wan" else "image.csv")
+        dataset = ("--dataset_base_path", str(self.photographs), "--dataset_metadata_path", str(metadata))
+        return (*flags_of(family, task), *dataset, *more)
+
+    def output(self) -> Path:
+        """A folder that does not exist."""
+        return self.folder / f"out-{len(list(self.folder.iterdir()))}"
+
+    def train_alone(self, output: Path, *flags: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(self.models))
+            patch.chdir(self.folder)
+            train_here({output: flags})
+        return output
+
+    def train_in_two(self, engine: str, cases: dict[Path, tuple[str, ...]]) -> None:
+        train_in_processes(engine, cases, self.folder, self.models)
+
+    def reference(self, case: Case) -> Path:
+        """The folder of a case in one process, which trains it once."""
+        if case not in self.alone:
+            flags = (*self.flags(case), "--gradient_accumulation_steps", "4")
+            self.alone[case] = self.train_alone(self.output(), *flags)
+        return self.alone[case]
 
 
 @pytest.fixture(scope="module")
-def prepared(recipe_models, photographs, tmp_path_factory) -> tuple[Path, Path, Callable[..., tuple[str, ...]]]:
-    """Tiny models, an empty folder, and the flags of a case."""
+def place(recipe_models, photographs, tmp_path_factory) -> Place:
     folder = tmp_path_factory.mktemp("engines")
     header, *rows = (photographs / "metadata.csv").read_text(encoding="utf-8").splitlines()
     for column in ("image", "video"):  # Wan takes images as clips of one frame
         lines = [header.replace("image", column), *rows[:3]]
         (folder / f"{column}.csv").write_text("\n".join(lines), encoding="utf-8")
-    models = recipe_models(*(f"{RECIPES[family]}-{task}" for family, task in CASES))
-
-    def flags(family: str, task: str) -> tuple[str, ...]:
-        metadata = folder / ("video.csv" if family == "wan" else "image.csv")
-        dataset = ("--dataset_base_path", str(photographs), "--dataset_metadata_path", str(metadata))
-        return (*flags_of(family, task), *dataset)
-
-    return models, folder, flags
+    return Place(recipe_models(*(f"{RECIPES[family]}-{task}" for family, task, _ in CASES)), photographs, folder)
 
 
-@pytest.fixture(scope="module")
-def alone(prepared) -> Callable[[str, str], Path]:
-    """Train a case in one process, once; return its folder."""
-    models, folder, flags = prepared
-
-    def train(family: str, task: str) -> Path:
-        output = folder / f"one-{family}-{task}"
-        if not output.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(models))
-                patch.chdir(folder)
-                train_here({output: (*flags(family, task), "--gradient_accumulation_steps", "4")})
-        return output
-
-    return train
+QUICK = ("fsdp2", "zero2", "zero3")
+"""Engines that are started in every run of the tests."""
+GROUPS = [
+    pytest.param(engine, cases, id=f"{engine}-{name}", marks=() if engine in QUICK and quick else pytest.mark.long)
+    for name, cases, engines, quick in (
+        ("qwen-image", CASES[:2], ENGINES, True),
+        ("others", CASES[2:], ENGINES, False),
+        ("changes", OTHERS, FSDP2, False),
+    )
+    for engine in engines
+]
+"""What one start of the processes trains."""
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=pytest.mark.long if name in SIMILAR else ()) for name in ENGINES]
-)
-@pytest.mark.parametrize(
-    "cases", [QUICK, pytest.param(CASES[2:], marks=pytest.mark.long)], ids=["qwen-image", "others"]
-)
-def test_an_engine_trains_what_one_process_does(prepared, alone, engine, cases):
-    models, folder, flags = prepared
-    outputs = {case: folder / f"{engine}-{'-'.join(case)}" for case in cases}
-    runs = {output: (*flags(*case), "--gradient_accumulation_steps", "2") for case, output in outputs.items()}
-    train_in_processes(engine, runs, folder, models)
+@pytest.mark.parametrize(("engine", "cases"), GROUPS)
+def test_an_engine_trains_what_one_process_does(place, engine, cases):
+    outputs = {case: place.folder / f"{engine}-{number}-{len(cases)}" for number, case in enumerate(cases)}
+    flags = {output: (*place.flags(case), "--gradient_accumulation_steps", "2") for case, output in outputs.items()}
+    place.train_in_two(engine, flags)
     for case, output in outputs.items():
-        losses, weights = difference(alone(*case), output)
-        print(f"{engine}, {' '.join(case)}: losses off by {losses:.1e}, weights by {weights:.1e}")
+        losses, weights = difference(place.reference(case), output)
+        print(f"{engine}, {case}: losses off by {losses:.1e}, weights by {weights:.1e}")
+        assert losses < 1e-5 and weights < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", FSDP2)
+def test_a_run_goes_on_in_one_process_and_in_two_again(place, engine):
+    """Of nine steps, three each; the losses are those of a run that never stopped."""
+    more = ("--dataset_repeat", "6", "--save_steps", "3")
+    outputs = {place.folder / f"{engine}-resumed-{task}": place.flags(("qwen-image", task, more)) for task in TASKS}
+    for last in ("3", "6", "9"):
+        pieces = {output: (*flags, "--max_steps", last, "--resume", "auto") for output, flags in outputs.items()}
+        if last == "6":
+            for output, flags in pieces.items():
+                place.train_alone(output, *flags, "--gradient_accumulation_steps", "2")
+        else:
+            place.train_in_two(engine, pieces)
+    for output, flags in outputs.items():
+        through = place.train_alone(place.output(), *flags, "--max_steps", "9", "--gradient_accumulation_steps", "2")
+        assert len(losses_of(output)) == 9
+        losses, weights = difference(through, output)
+        print(f"{engine}, resumed: losses off by {losses:.1e}, weights by {weights:.1e}")
         assert losses < 1e-5 and weights < 1e-5

@@ -10,7 +10,7 @@ gradients, as in `[Bq; Bk; Bv] A`.
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.deltas import WeightDelta, module_delta
 from diffsynth_core.adapters.stored import StoredLinear
-from diffsynth_core.adapters.tensors import Place, place
+from diffsynth_core.adapters.tensors import Place, Whole, as_is, place
 from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.progress import pluralize
@@ -158,9 +158,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
 
 
-def lora_weights(
-    model: nn.Module, public_keys: KeyMap = SAME_NAMES, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> dict[str, LoraWeights]:
+def lora_weights(model: nn.Module, public_keys: KeyMap = SAME_NAMES, whole: Whole = as_is) -> dict[str, LoraWeights]:
     """The LoRA of every module that has one, by its public name.
 
     `whole` is applied to each matrix of the model.
@@ -203,13 +201,24 @@ def name_lora(
     return tensors
 
 
-def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, public_keys: KeyMap = SAME_NAMES) -> int:
+def load_lora(
+    model: nn.Module,
+    path: Path,
+    naming: LoraNaming = DIT,
+    public_keys: KeyMap = SAME_NAMES,
+    place: Place = place,
+    whole: Whole = as_is,
+) -> int:
     """Initialize the LoRA of a model from a file of any format; returns how many public modules it filled.
 
     Modules that the file leaves out keep their initialization; those of the file without a LoRA here (they never get a
     gradient) are skipped. If the file has separate LoRAs of q, k and v, and the model one of all, it gets their joint
     rank, with B block-diagonal. If the model has a higher rank, the further rows of A keep their initialization, with
     columns of zeros in B: the change of the weight is the same.
+
+    Args:
+        place: sets each matrix.
+        whole: returns a matrix of the model whole, if `place` keeps a part of it.
 
     Raises:
         DiffSynthError: as `read_lora_file`; also when the model has a lower rank, or no module of it is filled.
@@ -228,7 +237,9 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, public_key
                     f"`{path}` has rank {rank} at `{module}`, but the run uses rank {a.shape[0]}",
                     f"pass `--lora_rank {max(ranks.values())}`",
                 )
-            _fill(a, parts, module_delta(lora.modules[module], stream), module, public_keys)
+            delta = module_delta(lora.modules[module], stream)
+            for name, matrix in _filled(whole(a), parts, delta, module, public_keys).items():
+                place(model, name, matrix)
     if not filled:
         raise DiffSynthError(
             f"`{path}` has no LoRA for the {pluralize(len(targets), 'trained module')}",
@@ -250,18 +261,26 @@ def set_lora(model: nn.Module, deltas: Mapping[str, WeightDelta], public_keys: K
         for matrix in (a, *parts.values()):
             matrix.zero_()
         if delta := deltas.get(module):
-            _fill(a, parts, delta, module, public_keys)
+            for name, filled in _filled(a, parts, delta, module, public_keys).items():
+                model.get_parameter(name).copy_(filled)
 
 
-def _fill(a: Tensor, parts: Mapping[str, Tensor], delta: WeightDelta, module: str, public_keys: KeyMap) -> None:
-    """Set the first rows of A and columns of B to a delta, and the other columns of B to 0."""
+def _filled(
+    a: Tensor, parts: Mapping[str, Tensor], delta: WeightDelta, module: str, public_keys: KeyMap
+) -> dict[str, Tensor]:
+    """Return A and B of a public module, by parameter name: their first rows and columns are a delta, the other rows
+    those of `a`, and the other columns 0.
+    """
     rank = delta.rank
-    a[:rank] = delta.A.reshape(rank, *a.shape[1:])
+    first = (public_keys.to_targets(module) or ())[0]
+    filled = {f"{first}.lora_A.{ADAPTER}.weight": torch.cat([delta.A.reshape(rank, *a.shape[1:]).to(a), a[rank:]])}
     kernel = next(iter(parts.values())).shape[2:]
     b = delta.B.reshape(len(delta.B), rank, *kernel)
     for name, rows in public_keys.split(f"{module}.weight", b).items():
-        parts[name].zero_()
-        parts[name][:, :rank] = rows.reshape(len(rows), rank, *kernel)
+        columns = torch.zeros(parts[name].shape, dtype=a.dtype, device=a.device)
+        columns[:, :rank] = rows.reshape(len(rows), rank, *kernel)
+        filled[f"{name.removesuffix('weight')}lora_B.{ADAPTER}.weight"] = columns
+    return filled
 
 
 def _weight_shape(module: Any) -> tuple[int, ...]:

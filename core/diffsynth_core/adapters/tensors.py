@@ -6,6 +6,13 @@ from torch import Tensor, nn
 
 Place = Callable[[nn.Module, str, Tensor], None]
 """(module, name, tensor): sets a parameter or buffer, which may be on the meta device until then."""
+Whole = Callable[[Tensor], Tensor]
+"""Makes a tensor of a module whole, of which a process may hold a part."""
+
+
+def as_is(tensor: Tensor) -> Tensor:
+    """Return a tensor of which every process holds the whole."""
+    return tensor
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:

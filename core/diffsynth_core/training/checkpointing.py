@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import lora_weights, name_lora
+from diffsynth_core.adapters.tensors import Whole, as_is
 from diffsynth_core.checkpoints.keys import strip_controlnet_index
 from diffsynth_core.checkpoints.run_folder import CheckpointEntry
 from diffsynth_core.checkpoints.tensor_files import write_tensors
@@ -18,13 +19,6 @@ from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.weights.dtypes import torch_dtype
 from diffsynth_core.weights.writing import LazyStateDict
-
-Whole = Callable[[Tensor], Tensor]
-"""Makes a tensor of the model whole, of which a process may hold a part."""
-
-
-def _as_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class CheckpointContent:
     dtypes: Mapping[str, torch.dtype]
 
 
-def checkpoint_content(plan: RunPlan, model: TrainingModule, whole: Whole = _as_is) -> CheckpointContent:
+def checkpoint_content(plan: RunPlan, model: TrainingModule, whole: Whole = as_is) -> CheckpointContent:
     """Return the content of a checkpoint.
 
     Full weights: `pipe.<component>.<parameter>` for all parameters of components that train in full, and for those of

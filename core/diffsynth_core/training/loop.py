@@ -142,7 +142,7 @@ def load_for_steps(
     fill_cache(plan, family, accelerator, reporter, stop)
     stop.raise_if_set()
     engine = open_engine(plan, accelerator)
-    model = build_training_module(plan, family, accelerator.device, reporter, engine.place)
+    model = build_training_module(plan, family, accelerator.device, reporter, engine.place, engine.whole)
     stop.raise_if_set()
     return plan, model, engine
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import load_lora
 from diffsynth_core.adapters.swap import swaps_of
-from diffsynth_core.adapters.tensors import Place, place
+from diffsynth_core.adapters.tensors import Place, Whole, as_is, place
 from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.compilation import compile_blocks
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
@@ -37,7 +37,9 @@ class TrainingModule(nn.Module):
         components: Mapping[str, nn.Module],
         tokenizers: Mapping[str, Any],
         trained_swap: TrainedSwap,
+        device: torch.device,
     ) -> None:
+        """Put together what is loaded; `device`: of the computation, where weights need not be between their uses."""
         super().__init__()
         self.components = nn.ModuleDict(components)
         # Read once: the base files may have moved by the time a checkpoint is written.
@@ -47,7 +49,7 @@ class TrainingModule(nn.Module):
         self._online = tuple(part.encoder for part in plan.encodings.encoders if part.online)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
-        self._swaps, self.trained_swap = swaps_of(self.components), trained_swap
+        self._swaps, self.trained_swap, self._device = swaps_of(self.components), trained_swap, device
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """The loss of each sample, `[B]` float32."""
@@ -94,10 +96,6 @@ class TrainingModule(nn.Module):
             samples.append(sample)
         return self._family.collate(samples)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(weight.device for weight in self.components.parameters() if weight not in self.trained_swap)
-
     def _known(self) -> dict[str, Any]:
         return {**dict(self.components.items()), **self._tokenizers}
 
@@ -108,10 +106,12 @@ def build_training_module(
     device: torch.device,
     reporter: Reporter,
     place: Place = place,
+    whole: Whole = as_is,
 ) -> TrainingModule:
     """Load what a step needs: the denoiser, the other step components, and every component that trains.
 
-    Weights that train are float32, LoRA too; the others keep the run's precision. `place` sets each of them.
+    Weights that train are float32, LoRA too; the others keep the run's precision. `place` sets each of them, and
+    `whole` makes one whole again if it keeps a part.
     """
     training, settings = plan.training, plan.parameters
     components: dict[str, nn.Module] = {}
@@ -125,7 +125,8 @@ def build_training_module(
             continue
         is_denoiser = name == plan.model.facts.denoiser
         waiting = trained_blocks(plan.model, training, settings.blocks_to_swap) if is_denoiser else ()
-        load_device = torch.device("cpu") if settings.initialize_model_on_cpu or waiting else device
+        held_on = torch.device("cpu") if plan.machine.engine.offload_weights else device
+        load_device = torch.device("cpu") if settings.initialize_model_on_cpu or waiting else held_on
         setup = component_setup(plan, name, plan.model.shapes[name], settings.lora_rank)
         dtype = frozen_dtype(plan.machine.mixed_precision)
         module = load_for_run(plan, family, name, dtype, load_device, reporter, setup, place)
@@ -133,10 +134,10 @@ def build_training_module(
             trained_swap = TrainedSwap([module.get_submodule(block) for block in waiting], device)
             family.checkpoint_gradients(name, module, trained_swap.checkpoint)
         with trained_swap.left_out():
-            module.to(device)
+            module.to(held_on)
         if name == training.lora_component and settings.lora_checkpoint:
-            naming = plan.model.facts.component(name).lora_naming
-            filled = load_lora(module, settings.lora_checkpoint, naming, plan.model.components[name].layout.public_keys)
+            naming, keys = plan.model.facts.component(name).lora_naming, plan.model.components[name].layout.public_keys
+            filled = load_lora(module, settings.lora_checkpoint, naming, keys, place, whole)
             reporter.info(
                 f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {pluralize(len(training.lora_modules), 'module')}"
             )
@@ -144,4 +145,4 @@ def build_training_module(
             compile_blocks(plan.model.facts.component(name), module)
         components[name] = module
         tokenizers.update(load_tokenizers(plan.model, family, name))
-    return TrainingModule(plan, family, components, tokenizers, trained_swap)
+    return TrainingModule(plan, family, components, tokenizers, trained_swap, device)
