@@ -45,6 +45,8 @@ class ZeroEngine(Engine):
         self._settings = _settings(choice, self._stage, max_grad_norm, accelerator.device)
         self._divide: Callable[[list[nn.Parameter]], None] | None = None
         """Keeps this process's part of whole parameters, which are the same in all processes."""
+        self._engine: Any = None
+        """Of DeepSpeed, once the module is prepared."""
         self._updating = False
 
     def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
@@ -121,7 +123,7 @@ class ZeroEngine(Engine):
         return True
 
     def whole(self, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
+        if tensor.requires_grad and self._engine is not None:
             whole: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(tensor)
             return whole.detach()
         if not hasattr(tensor, "ds_id"):  # of stage 3 alone, which has no parameter of another kind
