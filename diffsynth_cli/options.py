@@ -19,6 +19,7 @@ METAVARS = {
     "path": "PATH",
     "memory": "AMOUNT",
     "duration": "DURATION",
+    "split": "SHARE|PATH",
     "blocks": "INTEGER|auto",
     "str": "TEXT",
     "comma list": "A,B,…",

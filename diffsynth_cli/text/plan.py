@@ -17,6 +17,7 @@ from diffsynth_core.planning.memory import count_parameters
 from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import count_batch_shapes, most_batch_shapes
+from diffsynth_core.planning.validation import count_bands, count_validations
 from diffsynth_core.progress import Reporter, format_bytes, format_count, format_memory, pluralize, verb
 
 SHOWN_SIZES = 6
@@ -163,8 +164,24 @@ def _step_lines(plan: RunPlan) -> Iterator[str]:
         yield "  unused parameters are excluded, so `find_unused_parameters` has no effect"
     if parameters.compile:
         yield f"  {compiled_in_words(plan)}"
+    if plan.data.held_out:
+        yield f"  validated on {validated_in_words(plan)}"
     for note in start_lines(plan):
         yield f"  {note}"
+
+
+def validated_in_words(plan: RunPlan) -> str:
+    """On what a run validates, when, and how many forward passes that takes."""
+    parameters, total = plan.parameters, plan.data.steps.total_steps
+    held, bands = len(plan.data.held_out), count_bands(plan.parameters)
+    every = f", every {pluralize(parameters.validate_every, 'step')}" if parameters.validate_every else ""
+    times = 1 + count_validations(plan, 0, total)
+    passes = pluralize(times * held * bands, "forward pass", "forward passes")
+    per_epoch, epochs = plan.data.steps.batches.samples_per_epoch, total / plan.data.steps.steps_per_epoch
+    return (
+        f"{pluralize(held, 'held-out sample')} at {pluralize(bands, 'timestep')} each, before the first step{every} and with "
+        f"each checkpoint: {passes}, beside about {round(epochs * per_epoch)} forward and backward in training"
+    )
 
 
 def compiled_in_words(plan: RunPlan) -> str:

@@ -15,6 +15,7 @@ from diffsynth_cli.text.plan import (
     start_lines,
     steps_in_words,
     swapped_in_words,
+    validated_in_words,
 )
 from diffsynth_core.config.documents import flag
 from diffsynth_core.config.parameters import as_plain
@@ -58,6 +59,8 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
         yield _labeled("Steps", _steps(plan))
         if plan.parameters.compile and plan.data.samples.samples:
             yield _labeled("", compiled_in_words(plan))
+        if plan.data.held_out:
+            yield _labeled("", f"validated on {validated_in_words(plan)}")
         for note in start_lines(plan):
             yield _labeled("", note)
     if plan.parameters.max_time:

@@ -62,6 +62,9 @@ class Counting(Engine):
     def try_out(self, micro_batch, reserved):
         return self._called("try_out", micro_batch, reserved)
 
+    def evaluate(self, micro_batch):
+        return self._called("evaluate", micro_batch)
+
     def forward_backward(self, micro_batch, weight, last):
         return self._called("forward_backward", micro_batch, weight, last)
 

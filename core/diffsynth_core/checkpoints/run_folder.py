@@ -21,6 +21,8 @@ RECORD = "run.json"
 """Name of the run record."""
 METRICS = "metrics.jsonl"
 """Name of the metrics file."""
+VALIDATIONS = "validation.jsonl"
+"""Name of the file of losses on held-out samples."""
 LOG = "train.log"
 """Name of the copy of the console output."""
 LOCK = ".lock"
@@ -40,6 +42,8 @@ class CheckpointEntry:
     epoch: int
     sha256: str
     bytes: int
+    validation_loss: float | None = None
+    """On the held-out samples, if the run has some and the loss is finite."""
 
 
 @dataclass
@@ -72,6 +76,8 @@ class RunRecord:
     checkpoints: list[CheckpointEntry] = field(default_factory=list)
     tracked: dict[str, int] = field(default_factory=dict)
     """Tracker -> last step that was sent to it before the run was resumed; it may be after the step of the state."""
+    best_checkpoint: str | None = None
+    """File of the checkpoint with the lowest validation loss, if there is any."""
     failure: str | None = None
     diverged_step: int | None = None
     """The step whose loss or gradient was not finite, if that ended the run."""
@@ -83,6 +89,9 @@ class RunRecord:
 
     def save(self, folder: Path) -> None:
         """Write `run.json` atomically."""
+        measured = [entry for entry in self.checkpoints if entry.validation_loss is not None]
+        best = min(measured, key=lambda entry: (entry.validation_loss, entry.step), default=None)
+        self.best_checkpoint = best.file if best else None
         self.updated = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(folder / RECORD, asdict(self))
 
@@ -162,24 +171,23 @@ def checkpoint_files(folder: Path) -> list[str]:
     return sorted(path.name for pattern in CHECKPOINT_NAMES for path in folder.glob(pattern))
 
 
-def last_measured_step(folder: Path) -> int:
-    """Return the last step in `metrics.jsonl`; 0 if there is none."""
-    path = folder / METRICS
+def recorded_steps(path: Path) -> list[int]:
+    """Return the steps of the complete lines of a file such as `metrics.jsonl`, if it exists."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return int(max((step for step in map(_step_of, lines) if math.isfinite(step)), default=0))
+    return [int(step) for step in map(_step_of, lines) if math.isfinite(step)]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line per step, written when the step is complete."""
+    """A file such as `metrics.jsonl`: one line per step, written when the step is complete."""
 
-    def __init__(self, folder: Path, done_steps: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, done_steps: int, warn: Callable[[str], None]) -> None:
         """Open the file to append after step `done_steps`; lines of later steps, from before an interruption, are
         removed.
 
         Args:
             warn: called once if a line cannot be written, which does not stop the run.
         """
-        self._path, self._warn, self._warned = folder / METRICS, warn, False
+        self._path, self._warn, self._warned = path, warn, False
         if self._path.exists():
             lines = [
                 line

@@ -106,6 +106,11 @@ def _check_duration(value: object) -> object:
     return value.strip()
 
 
+def _read_split(value: object) -> object:
+    """Accept a share as a number too."""
+    return repr(value) if isinstance(value, float) else _reject_empty(value)
+
+
 def _read_blocks(value: object) -> object:
     """Accept `auto`, or an integer as other parameters do."""
     if value == "auto":
@@ -154,6 +159,8 @@ BlockCount = Annotated[
     BeforeValidator(_read_blocks, json_schema_input_type=Annotated[int, Field(ge=0)] | Literal["auto"]),
 ]
 """A number of blocks, or the fewest that will do."""
+Split = Annotated[str, BeforeValidator(_read_split, json_schema_input_type=str | float)]
+"""Samples that are held out: a share, a metadata file or a folder."""
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
     BeforeValidator(_read_path_groups, json_schema_input_type=str | list[str | list[str]]),
@@ -170,6 +177,7 @@ TYPE_WORDS = {
     "duration": DURATION_WORDS,
     "blocks": "an integer from 0, or auto",
     "str": "a string",
+    "split": "a share such as 0.05, or a path",
     "comma list": "a comma-separated list of strings",
     "number pair": "two comma-separated numbers",
     "quant options": "`entry:method` or `entry:method/module,module`, several with `;` between them",
@@ -986,6 +994,24 @@ class Parameters(BaseModel):
         documented=False,
     )
 
+    validation_split: Split | None = _setting(
+        None,
+        "output",
+        "split",
+        "Samples to measure the loss on, at fixed noise and timesteps, and not to train on: a share of the dataset such as 0.05, a metadata file whose media are in `dataset_base_path`, or a dataset folder; measured before the first step, with each checkpoint, and every `validate_every` steps, into `validation.jsonl`",
+        changes="numbers",
+        documented=False,
+    )
+    validate_every: Integer | None = _setting(
+        None,
+        "output",
+        "int",
+        "Measure the loss on the held-out samples every N steps too; default: with each checkpoint",
+        changes="files",
+        unit="optimizer steps",
+        documented=False,
+        ge=1,
+    )
     log_with: CommaList = _setting(
         (),
         "output",

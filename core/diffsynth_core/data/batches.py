@@ -7,7 +7,7 @@ number and content of an epoch's batches cost the same at any `repeat`.
 """
 
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -42,12 +42,16 @@ class _Pass:
 class BatchPlan:
     """All batches of all epochs."""
 
-    def __init__(self, shapes: Sequence[Hashable], repeat: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, shapes: Sequence[Hashable], repeat: int, batch_size: int, seed: int, held_out: Collection[int] = ()
+    ) -> None:
+        """Plan the batches of all samples but those that are held out, by index."""
         members: dict[Hashable, list[int]] = {}
-        for index, shape in enumerate(shapes):
-            members.setdefault(shape, []).append(index)
+        self.members = [index for index in range(len(shapes)) if index not in held_out]
+        for index in self.members:
+            members.setdefault(shapes[index], []).append(index)
         self.buckets = tuple(Bucket(shape, tuple(indices)) for shape, indices in members.items())
-        self.samples_per_epoch = len(shapes) * repeat
+        self.samples_per_epoch = len(self.members) * repeat
         self._repeat = repeat
         self._batch_size = batch_size
         self._seed = seed
@@ -158,15 +162,15 @@ class StepPlan:
         """Return the number of samples in the micro-batches of a step."""
         return sum(self.batches.size(part.epoch, number) for number in range(part.start, part.stop))
 
-    def samples_needed(self, first_step: int, sample_count: int) -> list[int]:
+    def samples_needed(self, first_step: int) -> list[int]:
         """Return the sorted indices of the samples that steps from `first_step` on will use."""
         if first_step % self.steps_per_epoch == 0 and self.total_steps - first_step >= self.steps_per_epoch:
-            return list(range(sample_count))
+            return self.batches.members
         seen: set[int] = set()
         for step in range(first_step, self.total_steps):
             part = self.slice(step)
             for number in range(part.start, part.stop):
                 seen.update(ref.sample for ref in self.batches.batch(part.epoch, number))
-            if len(seen) == sample_count:
+            if len(seen) == len(self.batches.members):
                 break
         return sorted(seen)

@@ -54,10 +54,9 @@ def plan_encodings(plan: RunPlan, reporter: Reporter) -> EncodingsPlan:
 
 def _needed(plan: RunPlan) -> list[int]:
     """Return the indices of the samples whose encodings are needed: all of them in a precompute task."""
-    count = len(plan.data.samples.samples)
-    return (
-        plan.data.steps.samples_needed(plan.output.start.first_step, count) if plan.task.trains else list(range(count))
-    )
+    if not plan.task.trains:
+        return list(range(len(plan.data.samples.samples)))
+    return sorted([*plan.data.steps.samples_needed(plan.output.start.first_step), *plan.data.held_out])
 
 
 def _already_encoded(

@@ -21,6 +21,7 @@ from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.encodings_plan import EncodingsPlan
 from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_problems
+from diffsynth_core.planning.held_out import read_held_out, share_to_hold_out, validation_problems
 from diffsynth_core.planning.lora_files import find_fused_lora
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.optimizer_choice import (
@@ -47,6 +48,7 @@ class DataPlan:
         samples: none in a plan without a dataset.
         encoded: samples that a train task trains on.
         steps: the batches of each epoch, and how many make up a step.
+        held_out: indices of samples to validate on, sorted; no step trains on them.
         fingerprint: of the dataset; that of the precompute task for a train task; empty without a dataset.
     """
 
@@ -54,6 +56,7 @@ class DataPlan:
     steps: StepPlan
     fingerprint: str
     encoded: EncodedSamples | None = None
+    held_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +179,9 @@ def make_plan(
                 # As given: `parameters` has the number of blocks to swap.
                 _check_compilation(resolved.parameters, found, device)
         report(*(shape_faults(found) if found else []))
-        steps = _step_plan(parameters, samples, world_size) if samples else None
+        report(*validation_problems(parameters))
+        samples, held_out = _hold_out(parameters, found, samples, reporter)
+        steps = _step_plan(parameters, samples, world_size, held_out) if samples else None
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache))
         report(*probe_problems(parameters))
@@ -191,7 +196,7 @@ def make_plan(
     return RunPlan(
         parameters=parameters,
         model=replace(found, stored=stored_shares(found), fused_lora=fused_lora),
-        data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded),
+        data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded, held_out=held_out),
         training=replace(training, optimizer=optimizer),
         output=OutputPlan(start=start, cache=cache),
         machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size, engine=engine),
@@ -351,9 +356,23 @@ def _find_samples(
     return samples
 
 
-def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int) -> StepPlan:
+def _hold_out(
+    parameters: Parameters, found: ModelPlan | None, samples: SampleSet | None, reporter: Reporter
+) -> tuple[SampleSet | None, tuple[int, ...]]:
+    """Return the samples, with those of a file or folder to validate on behind them, and which of them are held out."""
+    if not (found and samples and samples.samples and TASKS[parameters.task].trains):
+        return samples, ()
+    others, faults = read_held_out(parameters, found.facts, found.variant, reporter)
+    report(*faults)
+    if others is None:
+        return samples, share_to_hold_out(parameters, samples)
+    every = (*samples.samples, *others.samples)
+    return replace(samples, samples=every), tuple(range(len(samples.samples), len(every)))
+
+
+def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int, held_out: tuple[int, ...] = ()) -> StepPlan:
     buckets = [sample.bucket for sample in samples.samples]
-    batches = BatchPlan(buckets, parameters.dataset_repeat, parameters.batch_size, parameters.seed)
+    batches = BatchPlan(buckets, parameters.dataset_repeat, parameters.batch_size, parameters.seed, held_out)
     return StepPlan(
         batches, parameters.gradient_accumulation_steps * world_size, parameters.num_epochs, parameters.max_steps
     )

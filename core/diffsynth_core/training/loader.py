@@ -14,6 +14,7 @@ from diffsynth_core.planning.memory import KEPT_ENCODINGS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import largest_batch
 from diffsynth_core.training.encode import load_columns
+from diffsynth_core.training.timesteps import Band
 from diffsynth_core.training.workers import iterate
 
 
@@ -26,6 +27,7 @@ class MicroBatch:
         raw: for each sample, the inputs of encoders in training, by encoder.
         counts: False for a stand-in with weight 0, which a process runs when the others still have a micro-batch: in
             distributed training all processes must run the same number of backward passes.
+        band: the part of the timesteps that draws are from; None: all.
     """
 
     epoch: int
@@ -33,6 +35,7 @@ class MicroBatch:
     encoded: tuple[Encoded, ...]
     raw: tuple[dict[str, dict[str, Any]], ...]
     counts: bool
+    band: Band | None = None
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,17 @@ def _batch_indices(plan: RunPlan, process: int) -> Iterator[_BatchIndex]:
             yield _BatchIndex(part.epoch, own, True) if own < part.stop else _BatchIndex(part.epoch, part.start, False)
 
 
-class _MicroBatches(Dataset[MicroBatch]):
+class MicroBatches(Dataset[MicroBatch]):
     """Micro-batches by index.
 
     Encodings that were read stay in memory, up to a limit: those of a small dataset are read and verified once.
     """
 
-    def __init__(self, plan: RunPlan) -> None:
+    def __init__(self, plan: RunPlan, room: int = KEPT_ENCODINGS) -> None:
+        """`room`: limit in bytes."""
         self._plan = plan
         self._kept: dict[str, Encoded] = {}
-        self._room = KEPT_ENCODINGS // max(1, plan.parameters.dataset_num_workers)
+        self._room = room // max(1, plan.parameters.dataset_num_workers)
 
     def __getitem__(self, index: _BatchIndex) -> MicroBatch:
         refs = self._plan.data.steps.batches.batch(index.epoch, index.number)
@@ -110,13 +114,13 @@ def load_largest_micro_batch(plan: RunPlan) -> MicroBatch:
     Steps may never draw just these samples together, but none is larger.
     """
     samples = plan.data.samples.samples
-    needed = plan.data.steps.samples_needed(plan.output.start.first_step, len(samples))
+    needed = plan.data.steps.samples_needed(plan.output.start.first_step)
     refs = largest_batch(plan, needed)
     captions = [samples[ref.sample].captions for ref in refs]
     choices = [max(range(len(given)), key=lambda choice: len(given[choice])) for given in captions]
-    return _MicroBatches(plan).load(0, refs, choices, counts=True)
+    return MicroBatches(plan).load(0, refs, choices, counts=True)
 
 
 def iterate_micro_batches(plan: RunPlan, process: int) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one process from the plan's first step to the last."""
-    return iterate(_MicroBatches(plan), _batch_indices(plan, process), plan.parameters.dataset_num_workers)
+    return iterate(MicroBatches(plan), _batch_indices(plan, process), plan.parameters.dataset_num_workers)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,14 @@ from torch import nn
 
 from diffsynth_core.checkpoints.run_folder import (
     LOG,
+    METRICS,
+    VALIDATIONS,
     RunRecord,
     claim_folder,
     folder_identity,
-    last_measured_step,
     package_versions,
     read_record,
+    recorded_steps,
 )
 from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, LoopState
 from diffsynth_core.checkpoints.state import save_state
@@ -41,6 +43,7 @@ from diffsynth_core.planning.engines import SHARDING_VARIABLES
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import check_compilations
 from diffsynth_core.planning.trackers import chosen_trackers
+from diffsynth_core.planning.validation import validation_is_due
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.checkpointing import checkpoint_content, write_checkpoint
@@ -50,11 +53,18 @@ from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.forecast import ForecastObserver, time_in_words
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
-from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
+from diffsynth_core.training.observers import (
+    MetricsObserver,
+    Observer,
+    ProgressObserver,
+    StepReport,
+    ValidationReport,
+)
 from diffsynth_core.training.pace import Pace
 from diffsynth_core.training.schedules import learning_rate
 from diffsynth_core.training.trackers import tracker_observers
 from diffsynth_core.training.trial import try_largest
+from diffsynth_core.training.validation import Validation
 from diffsynth_core.weights.writing import access_as_written
 
 MakeEngine = Callable[[RunPlan, Accelerator], Engine]
@@ -231,6 +241,9 @@ class Run:
         """Step of the current weights, and of the latest state on disk."""
         self.samples_seen = 0
         self.skipped_in_a_row = 0
+        self.validation = Validation(plan, engine, accelerator.process_index, accelerator.device)
+        self.validated: ValidationReport | None = None
+        """The latest validation of this command."""
         self.pace = pace
         if plan.output.start.state:
             self.engine.restore(plan.output.start.state)
@@ -247,7 +260,12 @@ class Run:
         """Train from the plan's first step to the last; every exit leaves a record of how the run ended."""
         if self.accelerator.is_main_process:
             self.observers += [
-                MetricsObserver(self.folder, self.plan.output.start.first_step, self.reporter.warn),
+                MetricsObserver(
+                    self.folder,
+                    self.plan.output.start.first_step,
+                    self.reporter.warn,
+                    validates=bool(self.plan.data.held_out),
+                ),
                 *tracker_observers(self.plan, self.record, self.reporter),
                 ForecastObserver(self.plan, self.pace, stop, self.reporter, self.seconds_before),
             ]
@@ -274,9 +292,11 @@ class Run:
         params, steps = self.plan.parameters, self.plan.data.steps
         first, total = self.plan.output.start.first_step, steps.total_steps
         micro_batches = iterate_micro_batches(self.plan, self.accelerator.process_index)
+        self._check_time(stop)
+        if first not in recorded_steps(self.folder / VALIDATIONS):
+            self._validate()
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
-        self._check_time(stop)
         with self.reporter.task("Training", total, "steps", done=first) as task:
             observers = (*self.observers, ProgressObserver(task, self.accelerator.device))
             for step in range(first, total):
@@ -302,6 +322,7 @@ class Run:
                     observer.on_step(report)
                 self.pace.end_step()
 
+                self._validate()
                 stopping = asked_to_stop or out_of_time or done == stop_after
                 if stopping or self._checkpoint_is_due(done):
                     self._save_checkpoint(interrupted=stopping and done < total)
@@ -317,6 +338,17 @@ class Run:
                     if out_of_time:
                         raise self._out_of_time()
                     return
+
+    def _validate(self) -> None:
+        """Measure the loss on the held-out samples, if that is due after the steps done."""
+        if not validation_is_due(self.plan, self.done):
+            return
+        with self.pace.validating():
+            report = self.validation.measure(self.done)
+        self.validated = report
+        self.reporter.info(f"Validation loss {report.loss:.4f} after step {self.done}")
+        for observer in self.observers:
+            observer.on_validation(report)
 
     def _check_time(self, stop: StopRequest) -> None:
         """Stop before the first step if encoding and loading left too little time even for a save after it."""
@@ -367,7 +399,8 @@ class Run:
         if not (stop.limits_time and self.accelerator.is_main_process):
             return False
         saves_after_it = self._checkpoint_is_due(self.done + 1) or self._state_is_due(self.done + 1)
-        return not self.pace.allows_another(stop.seconds_left, saves=1 + saves_after_it)
+        validations = sum(validation_is_due(self.plan, self.done + ahead) for ahead in (1, 2))
+        return not self.pace.allows_another(stop.seconds_left, 1 + saves_after_it, validations)
 
     def _check_finite(self, step: int, loss: float, gradient_norm: float) -> None:
         """Stop before the optimizer uses a non-finite value; float16 scaling skips non-finite gradients itself.
@@ -428,6 +461,9 @@ class Run:
             name = f"step-{self.done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
             with self.pace.writing_checkpoint():
                 entry = write_checkpoint(self.plan, content, self.folder, name, self.done, epoch)
+            measured = self.validated
+            if measured and measured.step == self.done and math.isfinite(measured.loss):
+                entry = replace(entry, validation_loss=measured.loss)
             self.record.add_checkpoint(entry)
             self.record.save(self.folder)
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
@@ -497,7 +533,7 @@ class Run:
                 quantized_components=plan.model.quantized_components,
             )
         else:
-            last = last_measured_step(self.folder)
+            last = max(recorded_steps(self.folder / METRICS), default=0)
             record.tracked |= {
                 name: max(last, record.tracked.get(name, 0)) for name in chosen_trackers(record.parameters)
             }

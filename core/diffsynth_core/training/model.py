@@ -77,7 +77,7 @@ class TrainingModule(nn.Module):
     def _draws(self, micro_batch: MicroBatch) -> list[SampleDraw]:
         seed, epoch = self._parameters_of_run.seed, micro_batch.epoch
         return [
-            SampleDraw(seed, epoch, ref.sample, ref.repeat, self._samples[ref.sample].sampling)
+            SampleDraw(seed, epoch, ref.sample, ref.repeat, self._samples[ref.sample].sampling, micro_batch.band)
             for ref in micro_batch.refs
         ]
 

@@ -13,7 +13,7 @@ from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.randomness import key_of
 from diffsynth_core.training.losses import Loss, sample_means, squared_error
-from diffsynth_core.training.timesteps import DrawKey, TimestepSampler
+from diffsynth_core.training.timesteps import Band, DrawKey, TimestepSampler
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t `[B, C, F, H, W]` float32, sigma `[B]` float32) -> predicted noise - latents, in the shape of x_t."""
@@ -25,6 +25,7 @@ class SampleDraw:
 
     Attributes:
         sampling: sampler parameters of the row, for objectives that run a sampler.
+        band: the part of the timesteps that the timestep is drawn from; None: all.
     """
 
     seed: int
@@ -32,6 +33,7 @@ class SampleDraw:
     sample: int
     repeat: int
     sampling: Sampling | None = None
+    band: Band | None = None
 
     @property
     def key(self) -> DrawKey:
@@ -80,7 +82,10 @@ class FlowMatching(Objective):
         latents, clean_mask = batch["latents"].float(), batch.get("given")
         noise = torch.stack([draw_noise(*draw.key, shape=latents.shape[1:]) for draw in draws])
         noise = to_device(noise, latents.device)
-        drawn = [self._draw_timestep(draw.key, self._timesteps) for draw in draws]
+        drawn = [
+            self._draw_timestep(draw.key, draw.band.of(self._timesteps) if draw.band else self._timesteps)
+            for draw in draws
+        ]
         timesteps = to_device(torch.tensor(drawn), latents.device)
         sigma = self.sigmas[timesteps]
         prediction = predict(add_noise(latents, noise, sigma, clean_mask), sigma)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffsynth_core.checkpoints.run_folder import MetricsFile
+from diffsynth_core.checkpoints.run_folder import METRICS, VALIDATIONS, MetricsFile
 from diffsynth_core.progress import Task, format_bytes
 
 LOSS_AVERAGE_STEPS = 50
@@ -35,11 +35,29 @@ class StepReport:
     data_seconds: float
 
 
+@dataclass(frozen=True)
+class ValidationReport:
+    """The loss on the held-out samples.
+
+    Attributes:
+        step: completed steps.
+        loss: mean over samples and bands.
+        bands: mean over samples in each band of timesteps, from the noisiest to the cleanest.
+    """
+
+    step: int
+    loss: float
+    bands: tuple[float, ...]
+
+
 class Observer:
     """Follows a run in one process. Methods that an observer does not override do nothing."""
 
     def on_step(self, report: StepReport) -> None:
         """Called after each optimizer step."""
+
+    def on_validation(self, report: ValidationReport) -> None:
+        """Called after the loss on held-out samples was measured: before the first step, and after some."""
 
     def on_save(self, path: Path, step: int) -> None:
         """Called after a checkpoint was written; in the main process only."""
@@ -57,17 +75,30 @@ def metrics_of(report: StepReport) -> dict[str, float | int]:
     }  # fmt: skip
 
 
-class MetricsObserver(Observer):
-    """Writes `metrics.jsonl`."""
+def metrics_of_validation(report: ValidationReport) -> dict[str, float | int]:
+    """Return what is recorded of a validation, by the names in `validation.jsonl` and in trackers."""
+    bands = {f"validation_loss_band_{number}": loss for number, loss in enumerate(report.bands, 1)}
+    return {"step": report.step, "validation_loss": report.loss, **(bands if len(bands) > 1 else {})}
 
-    def __init__(self, folder: Path, first_step: int, warn: Callable[[str], None]) -> None:
-        self._file = MetricsFile(folder, first_step, warn)
+
+class MetricsObserver(Observer):
+    """Writes `metrics.jsonl`, and `validation.jsonl` for a run that validates."""
+
+    def __init__(self, folder: Path, first_step: int, warn: Callable[[str], None], validates: bool = False) -> None:
+        self._file = MetricsFile(folder / METRICS, first_step, warn)
+        self._validations = MetricsFile(folder / VALIDATIONS, first_step, warn) if validates else None
+
+    def on_validation(self, report: ValidationReport) -> None:
+        if self._validations:
+            self._validations.write(metrics_of_validation(report))
 
     def on_step(self, report: StepReport) -> None:
         self._file.write(metrics_of(report))
 
     def on_end(self) -> None:
         self._file.close()
+        if self._validations:
+            self._validations.close()
 
 
 class ProgressObserver(Observer):

@@ -11,11 +11,12 @@ class Pace:
     """What the process that saves measures: only it is never kept waiting by the saves of another.
 
     Attributes:
-        slowest_step: seconds, with everything from one step to the next but saves; 0 before the first.
+        slowest_step: seconds, with everything from one step to the next but saves and validations; 0 before the first.
+        validation_seconds: of the slowest validation so far; 0 before the first.
     """
 
     def __init__(self, assumed: SaveSeconds) -> None:
-        self.slowest_step = 0.0
+        self.slowest_step = self.validation_seconds = 0.0
         self._assumed, self._checkpoint, self._state = assumed, 0.0, 0.0
         self._started = self._begun = time.monotonic()
 
@@ -61,13 +62,21 @@ class Pace:
         yield
         self._state = max(self._state, time.monotonic() - begun)
 
-    def allows_another(self, seconds_left: float, saves: int) -> bool:
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Measure the validation in the block."""
+        begun = time.monotonic()
+        yield
+        self.validation_seconds = max(self.validation_seconds, time.monotonic() - begun)
+
+    def allows_another(self, seconds_left: float, saves: int, validations: int = 0) -> bool:
         """Return, during a step, whether the next one can end and be saved in time as well.
 
         What is left of this step and the next one are taken to be as slow as the slowest, this one so far included.
 
         Args:
             saves: how often something is saved until then, the last save included.
+            validations: how often the run validates until then.
         """
         slowest = max(self.slowest_step, time.monotonic() - self._begun)
-        return seconds_left >= 2 * slowest + saves * self.save_seconds
+        return seconds_left >= 2 * slowest + saves * self.save_seconds + validations * self.validation_seconds

@@ -97,7 +97,7 @@ def probe(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> Probed:
 def _of_largest(plan: RunPlan) -> RunPlan:
     """The plan of one step more than are measured, all of largest micro-batches, with their samples alone."""
     steps, samples = plan.data.steps, plan.data.samples.samples
-    refs = largest_batch(plan, steps.samples_needed(0, len(samples)))
+    refs = largest_batch(plan, steps.samples_needed(0))
     indices = list(dict.fromkeys(ref.sample for ref in refs))
     chosen, encoded = tuple(samples[index] for index in indices), plan.data.encoded
     if encoded:
@@ -113,5 +113,6 @@ def _of_largest(plan: RunPlan) -> RunPlan:
             samples=replace(plan.data.samples, samples=chosen),
             steps=StepPlan(batches, steps.micro_batches, 1, number),
             encoded=encoded,
+            held_out=(),
         ),
     )

@@ -15,7 +15,13 @@ from diffsynth_core.files import LineFile, write_text
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.trackers import chosen_trackers
 from diffsynth_core.progress import Reporter
-from diffsynth_core.training.observers import Observer, StepReport, metrics_of
+from diffsynth_core.training.observers import (
+    Observer,
+    StepReport,
+    ValidationReport,
+    metrics_of,
+    metrics_of_validation,
+)
 
 DEFAULT_PROJECT = "DiffSynth-Studio"
 """Project of runs for which none is named, as in DiffSynth-Studio."""
@@ -186,7 +192,7 @@ class TrackerObserver(Observer):
             sent: last step that earlier commands sent to it; None if there were none.
         """
         self._name, self._reporter = name, reporter
-        self._sent = 0 if name in REWINDING else sent or 0
+        self._sent = -1 if name in REWINDING or sent is None else sent
         self._tracker: Tracker | None = None
         try:
             tracker = BUILDERS[name](run)
@@ -198,13 +204,17 @@ class TrackerObserver(Observer):
             self._give_up("does not start", error)
 
     def on_step(self, report: StepReport) -> None:
-        if self._tracker and report.step > self._sent:
-            values = metrics_of(report)
-            del values["step"]
+        self._log(metrics_of(report), report.step)
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self._log(metrics_of_validation(report), report.step)
+
+    def _log(self, values: dict[str, float | int], step: int) -> None:
+        if self._tracker and step > self._sent:
             try:
-                self._tracker.log(values, step=report.step)
+                self._tracker.log({name: value for name, value in values.items() if name != "step"}, step=step)
             except Exception as error:
-                self._give_up(f"has failed at step {report.step}", error)
+                self._give_up(f"has failed at step {step}", error)
 
     def on_end(self) -> None:
         if self._tracker:

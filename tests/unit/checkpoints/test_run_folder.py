@@ -137,14 +137,14 @@ def lines(folder) -> list[dict]:
 
 
 def write_steps(folder, steps, done_steps=0) -> None:
-    metrics = MetricsFile(folder, done_steps, pytest.fail)
+    metrics = MetricsFile(folder / "metrics.jsonl", done_steps, pytest.fail)
     for step in steps:
         metrics.write({"step": step, "loss": step / 2, "lr": None})
     metrics.close()
 
 
 def test_each_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
-    metrics = MetricsFile(tmp_path, 0, pytest.fail)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, pytest.fail)
     for step in (1, 2):
         metrics.write({"step": step, "loss": 0.1})
         assert lines(tmp_path)[-1] == {"step": step, "loss": 0.1}
@@ -176,7 +176,7 @@ def test_a_last_line_without_its_newline_is_kept_apart_from_the_next(tmp_path):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_every_line_is_json_that_any_program_reads(tmp_path, value):
-    metrics = MetricsFile(tmp_path, 0, pytest.fail)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, pytest.fail)
     metrics.write({"step": 1, "grad_norm": value})  # what float16 scaling gives before it finds its scale
     metrics.close()
 

@@ -125,8 +125,8 @@ def test_a_huge_repeat_costs_nothing(batch_size):
     for number in (0, plan.batches_per_epoch // 2, plan.batches_per_epoch - 1):
         assert 1 <= len(plan.batch(0, number)) == plan.size(0, number) <= batch_size
     assert steps.slice(steps.total_steps - 1).stop == plan.batches_per_epoch
-    assert steps.samples_needed(0, 5) == [0, 1, 2, 3, 4]
-    assert steps.samples_needed(steps.total_steps // 3, 5) == [0, 1, 2, 3, 4]
+    assert steps.samples_needed(0) == [0, 1, 2, 3, 4]
+    assert steps.samples_needed(steps.total_steps // 3) == [0, 1, 2, 3, 4]
     assert time.perf_counter() - started < 5
 
 
@@ -164,4 +164,4 @@ def test_samples_needed_are_those_the_remaining_steps_see(first_step, max_steps)
         for number in range(steps.slice(step).start, steps.slice(step).stop)
         for item in plan.batch(steps.slice(step).epoch, number)
     }
-    assert steps.samples_needed(first_step, 10) == sorted(seen)
+    assert steps.samples_needed(first_step) == sorted(seen)

@@ -47,6 +47,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        """Run a forward pass without gradients, outside of steps.
+
+        Returns:
+            The loss of each sample, `[B]` float32.
+        """
+
+    @abstractmethod
     def begin(self, rate: float, number: int) -> None:
         """Begin a step at this learning rate, before its passes.
 

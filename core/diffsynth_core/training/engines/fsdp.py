@@ -110,6 +110,20 @@ class ShardedEngine(Engine):
         self._clear()
         return losses
 
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            losses = self._forward(micro_batch)
+        for part in self._module.modules():
+            if isinstance(part, FSDPModule):  # some stay gathered for a backward pass, and would be used after updates
+                part.reshard()
+        return losses
+
+    def _forward(self, micro_batch: MicroBatch) -> Tensor:
+        # A cache would keep copies of gathered weights that FSDP frees.
+        with self._accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            losses: Tensor = self._module(micro_batch)
+        return losses
+
     def begin(self, rate: float, number: int) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -124,9 +138,7 @@ class ShardedEngine(Engine):
         # a step; those of all weights would take more memory than was saved by dividing the weights.
         assert isinstance(self._module, FSDPModule)
         self._module.set_requires_gradient_sync(last or not self._sums_whole)
-        # A cache would keep copies of gathered weights that FSDP frees.
-        with self._accelerator.autocast(AutocastKwargs(cache_enabled=False)):
-            losses: Tensor = self._module(micro_batch)
+        losses = self._forward(micro_batch)
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
         return losses.detach()
 

@@ -40,6 +40,11 @@ class FusedEngine(ReplicatedEngine):
         self._swap.release()
         return losses
 
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        losses = super().evaluate(micro_batch)
+        self._swap.release()
+        return losses
+
     def begin(self, rate: float, number: int) -> None:
         super().begin(rate, number)
         self._one_by_one.begin()

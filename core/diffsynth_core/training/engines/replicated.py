@@ -41,6 +41,11 @@ class ReplicatedEngine(Engine):
         self._plain.zero_grad(set_to_none=True)
         return losses.detach()
 
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            losses: Tensor = self._module(micro_batch)
+        return losses
+
     def begin(self, rate: float, number: int) -> None:
         for group in self._plain.param_groups:
             group["lr"] = rate

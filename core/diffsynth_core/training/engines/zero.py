@@ -79,6 +79,11 @@ class ZeroEngine(Engine):
         del taken
         return losses
 
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            losses: Tensor = self._engine(micro_batch)
+        return losses
+
     def begin(self, rate: float, number: int) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = rate

@@ -1,0 +1,64 @@
+"""The loss on held-out samples, at fixed noise and timesteps, so that it compares between steps and runs."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from diffsynth_core.data.batches import SampleRef
+from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.validation import count_bands, held_out_batches
+from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.loader import MicroBatch, MicroBatches
+from diffsynth_core.training.observers import ValidationReport
+from diffsynth_core.training.timesteps import Band
+
+VALIDATION_EPOCH = -1
+"""Epoch of the draws for validation, which no step has: they are functions of seed, sample and band alone."""
+
+
+class Validation:
+    """Measures the loss on the held-out samples of a plan; all processes call it together."""
+
+    def __init__(self, plan: RunPlan, engine: Engine, process: int, device: torch.device) -> None:
+        """`process`: the number of this process, whose `device` it is."""
+        self._engine, self._process, self._device = engine, process, device
+        self._world_size = plan.machine.world_size
+        self._bands = count_bands(plan.parameters)
+        self._batches = held_out_batches(plan)
+        self._micro_batches = MicroBatches(plan, room=0)
+
+    def measure(self, step: int) -> ValidationReport:
+        """Return the mean loss after `step` steps, the same in all processes."""
+        losses = self._losses().double()
+        return ValidationReport(step, float(losses.mean()), tuple(losses.mean(dim=1).tolist()))
+
+    def _losses(self) -> torch.Tensor:
+        """The loss of each held-out sample in each band, `[bands, samples]` float32 on the CPU.
+
+        One process computes a loss, in the same micro-batch whatever their number, and the others add zero: so their
+        number does not change it.
+        """
+        losses = torch.zeros(self._bands, sum(map(len, self._batches)), device=self._device)
+        for micro_batch, first in self._own():
+            size = len(micro_batch.refs)
+            for number in range(self._bands):
+                refs = tuple(SampleRef(ref.sample, number) for ref in micro_batch.refs)
+                of_band = replace(micro_batch, refs=refs, band=Band(number, self._bands))
+                measured = self._engine.evaluate(of_band)
+                if micro_batch.counts:
+                    losses[number, first : first + size] = measured
+        return self._engine.sum_over_processes(losses).cpu()
+
+    def _own(self) -> Iterator[tuple[MicroBatch, int]]:
+        """Yield the micro-batches of this process, each with the place of its first sample.
+
+        Every process gets as many: where none is left, the first is a stand-in that does not count.
+        """
+        for start in range(0, len(self._batches), self._world_size):
+            own = start + self._process
+            counts = own < len(self._batches)
+            number = own if counts else 0
+            refs = [SampleRef(sample, 0) for sample in self._batches[number]]
+            micro_batch = self._micro_batches.load(VALIDATION_EPOCH, refs, [0] * len(refs), counts)
+            yield micro_batch, sum(map(len, self._batches[:number]))

@@ -1,0 +1,148 @@
+"""The loss on held-out samples: fixed for fixed weights, and without an effect on training."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffsynth_core.training.timesteps import TIMESTEPS, DrawKey, draw_uniform
+
+RUN = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank", "2", "--device", "cpu")
+
+
+@pytest.fixture
+def train(cli, photographs) -> Callable[..., Path]:
+    """Train on the photographs, and return the folder of the run."""
+
+    def run(name: str, *flags: object) -> Path:
+        words = (*RUN, "--dataset_base_path", photographs, "--output_path", name, *flags)
+        outcome = cli("train", *words)
+        assert outcome.code == 0, outcome.err
+        return Path(name)
+
+    return run
+
+
+@pytest.fixture
+def others(photographs: Path, tmp_path: Path) -> Path:
+    """A folder of three of the photographs, mirrored, to validate on."""
+    from PIL import Image, ImageOps
+
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for name in ("chelsea", "coffee", "rocket"):
+        ImageOps.mirror(Image.open(photographs / f"{name}.png")).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a photograph of {name}")
+    return folder
+
+
+def lines(folder: Path, name: str = "validation.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    record = json.loads((folder / "run.json").read_text())
+    return load_file(folder / record["checkpoints"][-1]["file"])
+
+
+def test_the_loss_of_constant_weights_is_constant_to_the_bit(train):
+    """Measured on a quarter of the dataset, on which no step trains."""
+    folder = train("out", "--validation_split", 0.25, "--validate_every", 2, "--learning_rate", 0, "--dataset_repeat", 5,
+                   "--num_epochs", 1)  # fmt: skip
+    assert len(lines(folder, "metrics.jsonl")) == 15, "3 of 4 samples, 5 times"
+    measured = lines(folder)
+    assert [line.pop("step") for line in measured] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
+    assert all(line == measured[0] for line in measured)
+    bands = [measured[0][f"validation_loss_band_{number}"] for number in (1, 2, 3, 4)]
+    assert measured[0]["validation_loss"] == pytest.approx(sum(bands) / 4) and len(set(bands)) == 4
+    (entry,) = json.loads((folder / "run.json").read_text())["checkpoints"]
+    assert entry["validation_loss"] == measured[0]["validation_loss"]
+
+
+FULL = ("--recipe", "qwen-image-full", "--use_gradient_checkpointing", "--fused_backward", "--blocks_to_swap", 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--blocks_to_swap", 1, "--use_gradient_checkpointing_offload", "--batch_size", 2), FULL],
+    ids=["plain", "swapped", "trained swapped"],
+)
+def test_validation_changes_no_weight(train, others, flags):
+    short = ("--max_steps", 3, "--learning_rate", 0.01, *flags)
+    without = tensors(train("without", *short))
+    folder = train("with", *short, "--validation_split", others, "--validate_every", 1)
+    assert [line["step"] for line in lines(folder)] == [0, 1, 2, 3]
+    assert len({line["validation_loss"] for line in lines(folder)}) == 4
+    given = tensors(folder)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in without.items())
+
+
+def test_a_resumed_run_has_one_curve_and_the_best_checkpoint(train, others):
+    """A metadata file of the dataset's folder validates too; the csv tracker shows the same curve."""
+    flags = ("--validation_split", others, "--validate_every", 1, "--learning_rate", 0.05, "--save_steps", 2,
+             "--save_state_steps", 1, "--keep_states", 9, "--enable_csv_log", "--dataset_repeat", 9)  # fmt: skip
+    through = train("through", *flags, "--max_steps", 5)
+    folder = train("out", *flags, "--max_steps", 4)
+    for step in (3, 4):
+        shutil.rmtree(folder / f"state/step-{step}")
+    train("out", *flags, "--max_steps", 5, "--resume", "auto")
+    assert lines(folder) == lines(through) and [line["step"] for line in lines(folder)] == [0, 1, 2, 3, 4, 5]
+    with (folder / "loss.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["key"] == "validation_loss"]
+    assert [(int(row["step"]), float(row["value"])) for row in rows] == [
+        (line["step"], line["validation_loss"]) for line in lines(folder)
+    ]
+    record = json.loads((folder / "run.json").read_text())
+    measured = {f"step-{line['step']}.safetensors": line["validation_loss"] for line in lines(folder)}
+    assert {entry["file"]: entry["validation_loss"] for entry in record["checkpoints"]} == {
+        name: measured[name] for name in ("step-2.safetensors", "step-4.safetensors", "step-5.safetensors")
+    }
+    best = min(record["checkpoints"], key=lambda entry: entry["validation_loss"])
+    assert record["best_checkpoint"] == best["file"]
+
+
+def test_a_file_names_samples_of_the_datasets_folder(train, tmp_path, monkeypatch):
+    """Each is measured at a timestep of each band, with draws that no step has."""
+    drawn: list[tuple[int, range]] = []
+
+    def draw(key: DrawKey, indices: range) -> int:
+        drawn.append((key[1], indices))
+        return draw_uniform(key, indices)
+
+    monkeypatch.setitem(TIMESTEPS, "uniform", draw)
+    (tmp_path / "held.csv").write_text("image,prompt\nrocket.png,a rocket\n")
+    folder = train("out", "--validation_split", tmp_path / "held.csv", "--max_steps", 1)
+    assert [line["step"] for line in lines(folder)] == [0, 1]
+    quarters = [range(250), range(250, 500), range(500, 750), range(750, 1000)]
+    assert [indices for epoch, indices in drawn if epoch == -1] == quarters * 2
+    assert {indices for epoch, indices in drawn if epoch != -1} == {range(1000)}
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does_to_the_bit(train, others):
+    """Of three samples, the second process gets one and a stand-in that does not count."""
+    flags = ("--validation_split", others, "--learning_rate", 0)
+    one = train("one", *flags, "--max_steps", 1)
+    two = train("two", *flags, "--max_steps", 1, "--num_processes", 2)
+    assert lines(one) == lines(two) and len(lines(one)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_sharded_weights_are_measured_and_train_on_as_without(train, others, engine):
+    """Nothing is kept gathered from one validation to the next step."""
+    flags = ("--num_processes", 2, "--accelerate_config", engine, "--max_steps", 2, "--learning_rate", 0.01)
+    without = train("without", *flags)
+    folder = train("with", *flags, "--validation_split", others, "--validate_every", 1)
+    given = tensors(folder)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in tensors(without).items())
+    whole = train("whole", "--gradient_accumulation_steps", 2, *flags[4:], "--validation_split", others,
+                  "--validate_every", 1)  # fmt: skip
+    measured, expected = ([line["validation_loss"] for line in lines(run)] for run in (folder, whole))
+    assert measured == pytest.approx(expected, rel=1e-5) and len(set(measured)) == 3
