@@ -261,7 +261,7 @@ EXCLUSIONS = (
         what="`compile`",
         why="traces through blocks whose weights {engine} gathers while they run",
         hint="remove it, or use ZeRO-2 (`--accelerate_config zero2`)",
-        engines=("zero3",),
+        engines=("fsdp2", "zero3"),
     ),
 )
 """The pairs that are refused; the others are run by tests/runs/test_engine_matrix.py."""

@@ -1,5 +1,7 @@
 """bfloat16 weights that do not lose small updates, and the rounding behind it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,26 @@ def test_a_part_is_rounded_as_in_the_whole(start, stop):
     """A shard draws its slice of the numbers of the whole parameter."""
     whole = torch.full((stop + 2,), 1.001)
     assert torch.equal(rounded(whole, key=9)[start:stop], rounded(whole[start:stop], key=9, start=start))
+
+
+def test_rows_are_updated_as_in_the_whole():
+    """By a process that holds the last rows of each parameter, and knows where they start."""
+    whole = wide_and_narrow()
+    first = {name: len(weight) // 2 for name, weight in whole.items()}
+    part = {name: nn.Parameter(weight.detach()[first[name] :].clone()) for name, weight in whole.items()}
+    starts = {name: first[name] * weight[0].numel() for name, weight in whole.items()}
+    build = partial(ADAMW.build, 0.01)
+    optimizers = RoundedOptimizer(build, whole, 7), RoundedOptimizer(build, part, 7, starts)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for name, weight in whole.items():
+            weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+            part[name].grad = weight.grad[first[name] :].clone()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group[UPDATE] = step
+            optimizer.step()
+    assert all(torch.equal(weight[first[name] :], part[name]) for name, weight in whole.items())
 
 
 def test_the_random_numbers_are_those_of_splitmix64():

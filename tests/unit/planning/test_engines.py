@@ -133,6 +133,7 @@ def test_what_parts_of_tensors_cannot_be_trained_with_is_refused(name, flags, wh
     [
         ("zero2", {"trained_dtype": "bf16", "mixed_precision": "bf16"}, "trained_dtype"),
         ("zero3", {"compile": True}, "compile"),
+        ("fsdp2", {"compile": True}, "compile"),
     ],
 )
 def test_what_deepspeed_alone_cannot_train_with_is_refused(name, flags, what):
