@@ -13,6 +13,13 @@ from tests.naming import names
         (("--validation_split", "0"), 2, names("validation_split", "0"), names("0.05")),
         (("--validation_split", "none.csv"), 1, names("validation_split", "none.csv", "exist"), names("share")),
         (("--validation_split", "0.9"), 1, names("validation_split", "0.9", "4 samples", "train"), names("smaller")),
+        (("--keep_best", "--keep_checkpoints", 2), 2, names("keep_best", "validation_split"), names("--keep_best")),
+        (
+            ("--keep_best", "--validation_split", "0.25"),
+            2,
+            names("keep_best", "keep_checkpoints"),
+            names("--keep_best"),
+        ),
         (("--validation_split", "nan"), 2, names("validation_split", "nan"), names("0.05")),
     ],
 )

@@ -107,6 +107,18 @@ def test_a_resumed_run_has_one_curve_and_the_best_checkpoint(train, others):
     assert record["best_checkpoint"] == best["file"]
 
 
+def test_the_latest_checkpoints_are_kept_and_the_best(train, others):
+    """Of equal losses the first is the best."""
+    flags = ("--validation_split", others, "--learning_rate", 0, "--save_steps", 1, "--max_steps", 4)
+    for name, keep, kept in (("latest", (), [3, 4]), ("best", ("--keep_best",), [1, 3, 4])):
+        folder = train(name, *flags, "--keep_checkpoints", 2, *keep)
+        files = [f"step-{step}.safetensors" for step in kept]
+        assert sorted(path.name for path in folder.glob("*.safetensors")) == files
+        record = json.loads((folder / "run.json").read_text())
+        assert [entry["file"] for entry in record["checkpoints"]] == files
+        assert record["best_checkpoint"] == files[0]
+
+
 def test_a_file_names_samples_of_the_datasets_folder(train, tmp_path, monkeypatch):
     """Each is measured at a timestep of each band, with draws that no step has."""
     drawn: list[tuple[int, range]] = []

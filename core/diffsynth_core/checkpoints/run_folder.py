@@ -89,11 +89,22 @@ class RunRecord:
 
     def save(self, folder: Path) -> None:
         """Write `run.json` atomically."""
-        measured = [entry for entry in self.checkpoints if entry.validation_loss is not None]
-        best = min(measured, key=lambda entry: (entry.validation_loss, entry.step), default=None)
+        best = self._best()
         self.best_checkpoint = best.file if best else None
         self.updated = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(folder / RECORD, asdict(self))
+
+    def _best(self) -> CheckpointEntry | None:
+        measured = [entry for entry in self.checkpoints if entry.validation_loss is not None]
+        return min(measured, key=lambda entry: (entry.validation_loss, entry.step), default=None)
+
+    def forget_old_checkpoints(self, keep: int, keep_best: bool) -> list[CheckpointEntry]:
+        """Remove and return all but the latest `keep` checkpoints, and possibly the best one."""
+        best = self._best() if keep_best else None
+        latest = sorted(self.checkpoints, key=lambda entry: entry.step)[-keep:]
+        old = [entry for entry in self.checkpoints if entry not in latest and entry != best]
+        self.checkpoints = [entry for entry in self.checkpoints if entry not in old]
+        return old
 
     def has_checkpoint_of(self, step: int) -> bool:
         """Return whether a checkpoint of `step` was saved."""

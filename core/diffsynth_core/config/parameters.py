@@ -985,6 +985,24 @@ class Parameters(BaseModel):
         documented=False,
         ge=1,
     )
+    keep_checkpoints: Integer | None = _setting(
+        None,
+        "output",
+        "int",
+        "Number of latest checkpoints to keep: older ones of the run are deleted once a newer one is saved; default: all",
+        changes="files",
+        unit="checkpoints",
+        documented=False,
+        ge=1,
+    )
+    keep_best: bool = _setting(
+        False,
+        "output",
+        "bool",
+        "Keep the checkpoint of the lowest validation loss as well, with `keep_checkpoints` and `validation_split`",
+        changes="files",
+        documented=False,
+    )
     save_dtype: WeightDtype | None = _setting(
         None,
         "output",

@@ -50,7 +50,7 @@ def disk_use(plan: RunPlan, config: MemoryConfig, encoded: EncodedSize) -> DiskU
     """Bytes that a run writes, of all samples what is `encoded`."""
     cache = 0 if plan.data.encoded else encoded.bytes_in(config.precision)
     states = most_states(plan, plan.parameters.keep_states)
-    return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state_bytes(plan), states)
+    return DiskUse(cache, checkpoint_bytes(plan), most_checkpoints(plan), state_bytes(plan), states)
 
 
 def state_bytes(plan: RunPlan) -> int:
@@ -66,6 +66,12 @@ def assumed_save_seconds(plan: RunPlan) -> SaveSeconds:
     """From the bytes of a checkpoint and of a state."""
     checkpoint, state = checkpoint_bytes(plan) / ASSUMED_WRITE_RATE, state_bytes(plan) / ASSUMED_WRITE_RATE
     return SaveSeconds(ASSUMED_SAVE_OVERHEAD + checkpoint, ASSUMED_SAVE_OVERHEAD + state)
+
+
+def most_checkpoints(plan: RunPlan) -> int:
+    """How many checkpoints are on disk at most: the next is whole before the oldest is deleted."""
+    count, keep = count_checkpoints(plan), plan.parameters.keep_checkpoints
+    return count if keep is None else min(count, keep + 1 + plan.parameters.keep_best)
 
 
 def most_states(plan: RunPlan, keep: int) -> int:

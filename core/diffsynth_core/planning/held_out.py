@@ -26,6 +26,11 @@ def split_share(split: str | None) -> float | None:
 def validation_problems(parameters: Parameters) -> Iterator[Problem]:
     """Yield what is wrong with the parameters of validation, whatever the dataset."""
     split, task = parameters.validation_split, TASKS[parameters.task]
+    if parameters.keep_best and (split is None or parameters.keep_checkpoints is None):
+        missing = "validation_split" if split is None else "keep_checkpoints"
+        why = "knows no best checkpoint" if split is None else "keeps nothing that would be deleted"
+        hint = f"pass `--{missing}`, or remove `--keep_best`"
+        yield Problem(f"`keep_best` {why} without `{missing}`", hint, wrong_use=True)
     if split is None:
         if parameters.validate_every is not None:
             hint = f"pass {EXAMPLE}, or remove `--validate_every`"

@@ -465,10 +465,23 @@ class Run:
             if measured and measured.step == self.done and math.isfinite(measured.loss):
                 entry = replace(entry, validation_loss=measured.loss)
             self.record.add_checkpoint(entry)
+            settings = self.plan.parameters
+            keep = settings.keep_checkpoints
+            old = self.record.forget_old_checkpoints(keep, settings.keep_best) if keep else []
             self.record.save(self.folder)
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
+            for replaced in old:
+                self._delete_checkpoint(self.folder / replaced.file)
             for observer in self.observers:
                 observer.on_save(self.folder / entry.file, self.done)
+
+    def _delete_checkpoint(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self.reporter.warn(f"cannot delete the old checkpoint `{path}`: {error.strerror}")
+        else:
+            self.reporter.info(f"Deleted `{path}`")
 
     def _save_state(self, together: bool = True) -> None:
         """Save the state for `--resume auto`; `together`: all processes have reached this point and wait for the
