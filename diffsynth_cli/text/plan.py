@@ -162,6 +162,8 @@ def _step_lines(plan: RunPlan) -> Iterator[str]:
         yield f"  timesteps {first} to {end - 1} of {TRAINING_TIMESTEPS}, noisiest first"
     if parameters.find_unused_parameters:
         yield "  unused parameters are excluded, so `find_unused_parameters` has no effect"
+    if plan.training.optimizer.fused:
+        yield f"  {plan.training.optimizer.spec.title} updates the weights in a fused kernel; `--optimizer_args fused=false` in one operation after the other"
     if parameters.compile:
         yield f"  {compiled_in_words(plan)}"
     if plan.data.held_out:

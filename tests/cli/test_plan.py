@@ -209,7 +209,7 @@ def test_it_is_said_when_a_change_leaves_little(says, plan):
 def test_it_is_said_when_nothing_makes_it_fit(says, plan):
     outcome = plan("flux.2-klein-9b-full", "--gpu_memory", "1GB")
     assert outcome.code == 3 and changes(outcome) == []
-    assert verdict(outcome) == names("Does not fit", "1.0 GiB", "169.1 GiB", "none of")
+    assert verdict(outcome) == names("Does not fit", "1.0 GiB", "139.2 GiB", "none of")
     says(verdict(outcome))
 
 
@@ -250,7 +250,7 @@ CASTS = names("30.1 GiB", "autocast copies", "forward pass", "host memory")
 
 
 def test_each_part_is_there_at_the_fullest_moment(says, plan):
-    outcome = plan(OFFLOADED, "-v")
+    outcome = plan(OFFLOADED, "-v", "--optimizer_args", "fused=false")
     lines = outcome.out.splitlines()
     assert outcome.out == names("18.4 GiB", "activations", "host memory")
     assert outcome.out == names("61.1 GiB", "AdamW", "activations are freed")
@@ -313,3 +313,10 @@ def test_shapes_of_published_components_are_known_before_their_files(plan):
     assert outcome.out == names("8.3 billion", "86%", "float8")
     assert outcome.out == names("2.0 GiB", "largest tensor")
     assert "without files" not in outcome.out
+
+
+def test_adamw_is_fused_on_gpus_but_not_in_fp16(plan):
+    refused = plan("qwen-image-lora", "--mixed_precision", "fp16", "--optimizer_args", "fused=true")
+    assert refused.code == 2 and "`fused=true` hides which steps were skipped" in refused.err
+    fp16, bf16 = (plan("qwen-image-lora", "--verbose", "--mixed_precision", each) for each in ("fp16", "bf16"))
+    assert ("fused kernel" in fp16.out, "fused kernel" in bf16.out) == (False, True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.planning.disk import state_bytes
 from diffsynth_core.planning.memory import device_memory
 from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
@@ -60,6 +62,26 @@ def test_a_run_resumes_to_the_bit(plan, name):
     assert record["parameters"]["optimizer"] == name
     package = OPTIMIZERS[name].package
     assert package is None or package.name in record["versions"]
+
+
+def test_a_resumed_run_keeps_its_kernel(plan):
+    """As on a GPU, whose runs have the fused one by default: it is in no parameter, but in the record."""
+
+    def fused(made: RunPlan) -> RunPlan:
+        options = {**made.training.optimizer.options, "fused": True}
+        return replace(made, training=replace(made.training, optimizer=OptimizerChoice("adamw", options)))
+
+    through = run(fused(plan("through")))
+    run(fused(plan("pieces", max_steps=2)))
+    resumed = plan("pieces", resume="auto")
+    assert resumed.training.optimizer.fused
+    pieces = run(resumed)
+    plain = run(plan("plain"))
+    assert all((through / file).read_bytes() == (pieces / file).read_bytes() for file in FILES)
+    assert [json.loads((folder / "run.json").read_text())["fused_optimizer"] for folder in (pieces, plain)] == [
+        True,
+        False,
+    ]
 
 
 FULL = {"recipe": "qwen-image-full", "mixed_precision": "bf16", "learning_rate": 1e-3}

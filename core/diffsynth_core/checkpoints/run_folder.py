@@ -68,6 +68,8 @@ class RunRecord:
     """Components whose weights are stored in 8-bit floats, sorted."""
     quantized_components: dict[str, str] = field(default_factory=dict)
     """Component that is quantized otherwise -> its storage (`find_store`)."""
+    fused_optimizer: bool = False
+    """Whether the step of the optimizer is a fused kernel."""
     status: str = "running"
     step: int = 0
     """Step of the latest saved state."""

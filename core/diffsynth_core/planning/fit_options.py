@@ -98,7 +98,6 @@ class Quantization:
 QUANTIZATIONS = {"fp8": Quantization("precision", "8 bits"), "nf4": Quantization("quality", "4 bits")}
 """Storage, which is also the method of `quant_options` -> what it costs. `int8` takes as many bits as `fp8`."""
 OTHER_OPTIMIZERS = (
-    OtherOptimizer("time", "AdamW without buffers", {"optimizer_args": "fused=true"}),
     OtherOptimizer("precision", "AdamW with 8-bit state", {"optimizer": "adamw8bit"}),
     # With `eps[1]` of 1 a step is as large as the learning rate, as that of AdamW is, and not relative to the root mean
     # square of the weight (torch/optim/_adafactor.py).
@@ -108,16 +107,22 @@ OTHER_OPTIMIZERS = (
 
 def memory_options(plan: RunPlan, config: MemoryConfig) -> list[MemoryOption]:
     """Return what may be done otherwise than a config says, in the order of what it costs."""
-    options = [*_activation_options(config), *_update_options(plan, config), *_optimizer_options(plan)]
+    updates, waiting = [*_update_options(plan, config), *_optimizer_options(plan)], [*_waiting_options(config)]
+    # Where weights train in full, they and their state need host memory more than activations do.
+    in_full = bool(plan.training.full or plan.training.parts)
+    options = [*_recomputing_options(config), *(updates + waiting if in_full else waiting + updates)]
     options += [*_checkpointing_options(config), *_storage_options(plan, config), *_scope_options(plan, config)]
     order = ("time", "precision", "quality", "scope")
     return sorted(options, key=lambda option: order.index(option.cost))
 
 
-def _activation_options(config: MemoryConfig) -> Iterator[MemoryOption]:
+def _recomputing_options(config: MemoryConfig) -> Iterator[MemoryOption]:
     if not config.recompute:
         recomputed = partial(replace, recompute=True)
         yield MemoryOption("time", ("use_gradient_checkpointing",), [recomputed])
+
+
+def _waiting_options(config: MemoryConfig) -> Iterator[MemoryOption]:
     if not (config.offload or RECOMPUTATIONS[config.checkpointing].keeps_attention):
         waiting = partial(replace, recompute=True, offload=True)
         yield MemoryOption("time", ("use_gradient_checkpointing_offload", *_recomputation(config)), [waiting])

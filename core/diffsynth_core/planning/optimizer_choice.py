@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SET_BY_THE_LOOP = {"lr": "learning_rate"}
 """Option that no argument sets -> the parameter that does."""
+FUSED = "fused"
+"""Option of optimizers of torch."""
 SET_BY_PARAMETERS = ("weight_decay", "adam_betas")
 """Parameters that are options of optimizers."""
 
@@ -45,6 +47,11 @@ class OptimizerChoice:
     def is_class(self) -> bool:
         """Whether it is a class from outside, of whose state nothing is known."""
         return self.name not in OPTIMIZERS
+
+    @property
+    def fused(self) -> bool:
+        """Whether its step is one kernel for many tensors, without memory for temporaries (`fused` of torch.optim)."""
+        return bool(self.options.get(FUSED))
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -91,6 +98,25 @@ def choose_optimizer(parameters: Parameters, origin: Origin, invalid: frozenset[
     options = _options(parameters, given, spec)
     report(*([] if problems else _trial_problems(name, found, parameters.learning_rate, options)))
     return OptimizerChoice(name, options)
+
+
+def with_kernel(
+    optimizer: OptimizerChoice, device: str, mixed_precision: str, sharded: bool = False, recorded: bool | None = None
+) -> OptimizerChoice:
+    """Return an optimizer with the kernel that it uses unless its arguments say: fused on a CUDA device.
+
+    Not in fp16: given a fused optimizer, `GradScaler.step` always calls it and leaves it to the kernel to skip the step
+    (torch/amp/grad_scaler.py), so that accelerate counts none as skipped.
+
+    Args:
+        sharded: whether processes update parts of tensors, for which it is not the default.
+        recorded: whether that of the run to resume is fused: another kernel rounds otherwise.
+    """
+    if optimizer.is_class or FUSED not in optimizer.spec.options or FUSED in optimizer.options:
+        return optimizer
+    by_default = device.partition(":")[0] == "cuda" and mixed_precision != "fp16" and not sharded
+    fused = by_default if recorded is None else recorded
+    return replace(optimizer, options={**optimizer.options, FUSED: True}) if fused else optimizer
 
 
 def rate_warnings(parameters: Parameters, optimizer: OptimizerChoice) -> Iterator[Problem]:

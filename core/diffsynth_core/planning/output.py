@@ -41,12 +41,14 @@ class ResumePoint:
         notes: remarks about resuming, for the plan.
         state: the state to restore.
         warnings: what the resumed run loses.
+        fused_optimizer: whether the optimizer of the run to resume is fused; None for a new run.
     """
 
     first_step: int = 0
     notes: tuple[str, ...] = ()
     state: SavedState | None = None
     warnings: tuple[str, ...] = ()
+    fused_optimizer: bool | None = None
 
 
 def check_output(
@@ -145,7 +147,7 @@ def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, 
         f"{verb(state.step - done, 'is', 'are')} lost"
         for state in found.damaged
     ]
-    return ResumePoint(done, tuple(notes), found.newest, tuple(lost))
+    return ResumePoint(done, tuple(notes), found.newest, tuple(lost), record.fused_optimizer)
 
 
 def _intact_states(parameters: Parameters, record: RunRecord, reporter: Reporter) -> FoundStates:

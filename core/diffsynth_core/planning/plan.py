@@ -28,6 +28,7 @@ from diffsynth_core.planning.optimizer_choice import (
     OptimizerChoice,
     choose_optimizer,
     rate_warnings,
+    with_kernel,
 )
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
 from diffsynth_core.planning.probing import probe_problems
@@ -172,10 +173,11 @@ def make_plan(
         if task.encodes and not found and resolved.origin("dataset_base_path").is_given:
             report(*missing_dataset(parameters))
         device, mixed_precision = _choose_machine(parameters, samples)
+        planned_for = _planned_for(parameters, device, mixed_precision)
         if task.trains:
-            _check_updates(parameters, optimizer, mixed_precision, world_size, engine)
+            _check_updates(parameters, optimizer, planned_for[1], world_size, engine)
             if found:
-                _check_attention(parameters, found, device, mixed_precision)
+                _check_attention(parameters, found, *planned_for)
                 # As given: `parameters` has the number of blocks to swap.
                 _check_compilation(resolved.parameters, found, device)
         report(*(shape_faults(found) if found else []))
@@ -189,6 +191,7 @@ def make_plan(
             _check_trackers(parameters)
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
         start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter)
+        optimizer = with_kernel(optimizer, *planned_for, engine.spec.shards, start.fused_optimizer)
     missing = tuple(problems.missing) if without_files else ()
     if resolved.problems or problems or not (found and training and samples and steps):
         of_files = independent_problems([*problems, *missing], resolved.invalid)
@@ -262,6 +265,15 @@ def _choose_machine(parameters: Parameters, samples: SampleSet | None) -> tuple[
     return device, mixed_precision
 
 
+def _planned_for(parameters: Parameters, device: str, mixed_precision: str) -> tuple[str, str]:
+    """Return device and precision of the run: a dry run without a device is planned for a GPU, whatever this machine
+    has.
+    """
+    if parameters.dry_run and parameters.device is None:
+        return "cuda", parameters.mixed_precision or "bf16"
+    return device, mixed_precision
+
+
 def _find_start(
     parameters: Parameters,
     found: ModelPlan | None,
@@ -305,9 +317,7 @@ def _check_updates(
     """Report why weights cannot be updated in the dtype, at the time and place, or by the engine that the run asks for,
     and why activations cannot be recomputed.
     """
-    # A dry run without a device is planned for a GPU, which computes in bf16, whatever this machine has.
-    for_gpu = parameters.dry_run and parameters.device is None and parameters.mixed_precision is None
-    for problem in dtype_problems(parameters, optimizer, "bf16" if for_gpu else mixed_precision):
+    for problem in dtype_problems(parameters, optimizer, mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
     report(*update_problems(parameters, optimizer, mixed_precision, world_size), *recomputation_problems(parameters))
     for problem in engine_problems(parameters, optimizer, mixed_precision, engine):
@@ -322,8 +332,6 @@ def _check_trackers(parameters: Parameters) -> None:
 
 def _check_attention(parameters: Parameters, found: ModelPlan, device: str, mixed_precision: str) -> None:
     """Report why attention cannot be computed by the kernel that the parameters name."""
-    if parameters.dry_run and parameters.device is None:  # planned for a GPU, whatever this machine has
-        device, mixed_precision = "cuda", parameters.mixed_precision or "bf16"
     for problem in attention_problems(parameters, found.facts, device, mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)
 

@@ -13,11 +13,14 @@ WITHOUT = "remove one of them"
 def update_problems(
     parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str, world_size: int
 ) -> Iterator[Problem]:
-    """Yield why weights cannot be updated in the backward pass, or with a state in host memory.
+    """Yield why weights cannot be updated by a fused kernel, in the backward pass, or with a state in host memory.
 
     Args:
         mixed_precision: in which the run computes.
     """
+    if optimizer.fused and mixed_precision == "fp16":
+        what = "`optimizer_args` `fused=true` hides which steps were skipped, of which `mixed_precision` fp16 counts those in a row"
+        yield Problem(what, "pass `fused=false`, or `--mixed_precision bf16`", wrong_use=True)
     if parameters.fused_backward:
         yield from _fused_problems(parameters, mixed_precision, world_size)
         yield from by_tensor_problems("`fused_backward`", "remove `--fused_backward`, or pass", optimizer)

@@ -544,6 +544,7 @@ class Run:
                 id=uuid4().hex,
                 float8_components=plan.model.float8_components,
                 quantized_components=plan.model.quantized_components,
+                fused_optimizer=plan.training.optimizer.fused,
             )
         else:
             last = max(recorded_steps(self.folder / METRICS), default=0)

@@ -14,7 +14,7 @@ from diffsynth_core.config.origins import DEFAULT
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import collect_problems
 from diffsynth_core.planning.fit_options import OTHER_OPTIMIZERS
-from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer, rate_warnings
+from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer, rate_warnings, with_kernel
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.weights.headers import read_header
 
@@ -157,6 +157,33 @@ def test_an_elementwise_optimizer_updates_a_part_as_in_the_whole():
                 weight.grad = given.clone()
                 optimizer.step()
         assert torch.equal(whole[:3], part) == OPTIMIZERS[name].elementwise, name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "device", "precision", "recorded", "fused"),
+    [
+        (OptimizerChoice(), "cuda", "bf16", None, True),
+        (OptimizerChoice(), "cuda:1", "no", None, True),
+        (OptimizerChoice(), "cuda", "fp16", None, False),
+        (OptimizerChoice(), "cpu", "bf16", None, False),
+        (OptimizerChoice(), "mps", "bf16", None, False),
+        (OptimizerChoice(), "cuda", "bf16", False, False),
+        (OptimizerChoice(), "cpu", "no", True, True),
+        (OptimizerChoice("adamw", {"fused": False}), "cuda", "bf16", None, False),
+        (OptimizerChoice("adamw", {"fused": True}), "cpu", "no", None, True),
+        (OptimizerChoice("adafactor"), "cuda", "bf16", None, False),
+        (OptimizerChoice("muon"), "cuda", "bf16", None, False),
+        (OptimizerChoice("torch.optim.Adam"), "cuda", "bf16", None, False),
+    ],
+)
+def test_the_kernel_is_fused_on_cuda_unless_arguments_or_the_run_to_resume_say(
+    optimizer, device, precision, recorded, fused
+):
+    chosen = with_kernel(optimizer, device, precision, recorded=recorded)
+    assert chosen.fused == fused and chosen.name == optimizer.name
+    assert recorded or chosen == optimizer or not with_kernel(optimizer, device, precision, sharded=True).fused
+    if fused:
+        assert chosen.update_bytes([(3, 4)], "cuda") == 0 < OptimizerChoice().update_bytes([(3, 4)], "cuda")
 
 
 def test_lion_moves_by_the_sign_of_the_average():
