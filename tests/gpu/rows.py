@@ -15,7 +15,8 @@ class Row:
         parameters: other than those of the recipe.
         storage: `fp8`, `int8` or `nf4` for the frozen weights of the transformer; empty: bf16.
         tolerance: the largest relative difference of a loss to that of the same steps with `plain` parameters: the
-            backward pass of FlashAttention adds in any order; None: the row measures speed and memory.
+            backward pass of FlashAttention adds in any order, and other kernels round otherwise in bf16; None: the row
+            measures speed and memory.
         plain: parameters of these other steps.
         warm_up, steps: steps before those that are timed, and those; a row of correctness compares all of them.
         minutes: limit of its process.
@@ -36,6 +37,7 @@ SMALL, QWEN, FLUX, WAN = "wan2.1-t2v-1.3b", "qwen-image", "flux.1-dev", "wan2.1-
 SHORT_CLIP = {"height": 256, "width": 256, "num_frames": 17}
 CLIP = {"height": 480, "width": 832, "num_frames": 81}
 CHECKPOINTED = {"use_gradient_checkpointing": True}
+COMPILED = {"compile": True, **CHECKPOINTED}
 FUSED = {"optimizer": "adafactor", "trained_dtype": "bf16", **CHECKPOINTED}
 ROWS = (
     Row("same losses: 15 of 30 blocks swapped", f"{SMALL}-lora", {"blocks_to_swap": 15, **SHORT_CLIP}, tolerance=1e-3),
@@ -47,11 +49,45 @@ ROWS = (
         tolerance=1e-3,
         plain={"fused_backward": False},
     ),
+    Row(
+        "same losses: fused AdamW",
+        f"{SMALL}-lora",
+        {"optimizer_args": "fused=true", **SHORT_CLIP},
+        tolerance=1e-3,
+        plain={"optimizer_args": "fused=false"},
+    ),
+    Row(
+        "same losses: compiled blocks",
+        f"{SMALL}-lora",
+        {"compile": True, **SHORT_CLIP},
+        tolerance=1e-2,
+        plain={"compile": False},
+    ),
+    *(
+        Row(
+            f"same losses: {words}",
+            f"{SMALL}-lora",
+            {"attention": kind, **SHORT_CLIP},
+            tolerance=1e-2,
+            plain={"attention": "sdpa"},
+        )
+        for kind, words in (("cudnn", "attention of cuDNN"), ("flash", "FlashAttention"))
+    ),
     Row("Qwen-Image LoRA, bf16", f"{QWEN}-lora", CHECKPOINTED),
     Row("FLUX.1 LoRA, bf16", f"{FLUX}-lora", CHECKPOINTED),
+    Row("Qwen-Image LoRA, bf16, compiled", f"{QWEN}-lora", COMPILED, minutes=6),
+    Row("FLUX.1 LoRA, bf16, compiled", f"{FLUX}-lora", COMPILED, minutes=6),
     Row("Qwen-Image LoRA, fp8", f"{QWEN}-lora", CHECKPOINTED, "fp8"),
     Row("Qwen-Image LoRA, bf16, 16 blocks swapped", f"{QWEN}-lora", {"blocks_to_swap": 16, **CHECKPOINTED}),
     Row("Wan 14B LoRA, 480 x 832 x 81, bf16", f"{WAN}-lora", {**CLIP, **CHECKPOINTED}, warm_up=1, steps=2),
+    Row(
+        "Wan 14B LoRA, 480 x 832 x 81, bf16, compiled",
+        f"{WAN}-lora",
+        {**CLIP, **COMPILED},
+        warm_up=1,
+        steps=2,
+        minutes=6,
+    ),
     Row("Qwen-Image LoRA, nf4", f"{QWEN}-lora", CHECKPOINTED, "nf4"),
     Row("Qwen-Image LoRA, bf16, 45 blocks swapped", f"{QWEN}-lora", {"blocks_to_swap": 45, **CHECKPOINTED}),
     Row(
@@ -74,6 +110,7 @@ ROWS = (
     ),
     Row("Qwen-Image LoRA, bf16, nested checkpointing", f"{QWEN}-lora", {"checkpointing": "nested", **CHECKPOINTED}),
     Row("Qwen-Image LoRA, int8", f"{QWEN}-lora", CHECKPOINTED, "int8"),
+    Row("Qwen-Image LoRA, fp8, compiled", f"{QWEN}-lora", COMPILED, "fp8", minutes=6),
     Row("FLUX.1 LoRA, fp8", f"{FLUX}-lora", CHECKPOINTED, "fp8"),
     Row("FLUX.1 LoRA, nf4", f"{FLUX}-lora", CHECKPOINTED, "nf4"),
     Row("FLUX.1 LoRA, int8", f"{FLUX}-lora", CHECKPOINTED, "int8"),
