@@ -418,6 +418,19 @@ class Parameters(BaseModel):
         rehearsal="own",
         ge=1,
     )
+    profile: Integer | None = _setting(
+        None,
+        "run",
+        "int",
+        "Trace this many steps with the profiler of PyTorch, after two that warm up, write the trace into `output_path` for ui.perfetto.dev, and say what limits a step: data, the host or kernels; traced steps take longer",
+        changes="nothing",
+        unit="optimizer steps",
+        documented=False,
+        in_recipes=False,
+        listed=False,
+        rehearsal="own",
+        ge=1,
+    )
     price_per_hour: Number | None = _setting(
         None,
         "run",

@@ -31,7 +31,7 @@ from diffsynth_core.planning.optimizer_choice import (
     with_kernel,
 )
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
-from diffsynth_core.planning.probing import probe_problems
+from diffsynth_core.planning.probing import probe_problems, profile_problems
 from diffsynth_core.planning.recomputation import recomputation_problems
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
@@ -192,6 +192,7 @@ def make_plan(
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
         start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter)
         optimizer = with_kernel(optimizer, *planned_for, engine.spec.shards, start.fused_optimizer)
+        report(*profile_problems(parameters, steps.total_steps - start.first_step if steps else 0))
     missing = tuple(problems.missing) if without_files else ()
     if resolved.problems or problems or not (found and training and samples and steps):
         of_files = independent_problems([*problems, *missing], resolved.invalid)

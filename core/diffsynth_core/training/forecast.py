@@ -4,6 +4,7 @@ from datetime import datetime, timedelta
 
 from diffsynth_core.planning.disk import count_checkpoints, save_interval, state_interval
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.probing import PROFILE_WARM_UP
 from diffsynth_core.planning.validation import count_validations
 from diffsynth_core.progress import Reporter, format_duration
 from diffsynth_core.stop import StopRequest
@@ -11,7 +12,7 @@ from diffsynth_core.training.observers import Observer, StepReport
 from diffsynth_core.training.pace import Pace
 
 MEASURED_STEPS = 3
-"""Steps whose mean duration is taken for that of all; the first of a process, which warms up, is not one of them."""
+"""Steps whose mean duration is taken for that of all."""
 
 
 class ForecastObserver(Observer):
@@ -23,12 +24,14 @@ class ForecastObserver(Observer):
         """`seconds_before`: of earlier commands, which a resumed run has cost as well."""
         self._plan, self._pace, self._stop, self._reporter = plan, pace, stop, reporter
         self._seconds_before = seconds_before
+        # The first step of a process warms up, and a traced one is slower.
+        self._first = 1 + (PROFILE_WARM_UP + plan.parameters.profile if plan.parameters.profile else 0)
         self._seconds: list[float] = []
 
     def on_step(self, report: StepReport) -> None:
         self._seconds.append(report.seconds)
-        if len(self._seconds) == 1 + MEASURED_STEPS and report.step < self._plan.data.steps.total_steps:
-            self._reporter.info(self._forecast(report.step, sum(self._seconds[1:]) / MEASURED_STEPS))
+        if len(self._seconds) == self._first + MEASURED_STEPS and report.step < self._plan.data.steps.total_steps:
+            self._reporter.info(self._forecast(report.step, sum(self._seconds[self._first :]) / MEASURED_STEPS))
 
     def _forecast(self, done: int, step_seconds: float) -> str:
         """When the run ends, at so many seconds a step and with the saves that are still due."""

@@ -61,6 +61,7 @@ from diffsynth_core.training.observers import (
     ValidationReport,
 )
 from diffsynth_core.training.pace import Pace
+from diffsynth_core.training.profile import ProfileObserver
 from diffsynth_core.training.schedules import learning_rate
 from diffsynth_core.training.trackers import tracker_observers
 from diffsynth_core.training.trial import try_largest
@@ -269,6 +270,9 @@ class Run:
                 *tracker_observers(self.plan, self.record, self.reporter),
                 ForecastObserver(self.plan, self.pace, stop, self.reporter, self.seconds_before),
             ]
+            if self.plan.parameters.profile:
+                count, device = self.plan.parameters.profile, self.accelerator.device
+                self.observers.append(ProfileObserver(self.folder, count, device, self.reporter.info))
         try:
             self._loop(stop, stop_after)
             self._check_folder()
