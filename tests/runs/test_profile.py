@@ -68,7 +68,7 @@ def test_steps_are_traced_and_the_run_is_as_without(plan):
 def test_a_run_that_ends_earlier_has_traced_what_it_did(plan):
     said = Said()
     early = train(plan("early", profile=4), said, StopRequest(), stop_after=3).folder
-    assert steps_in(early / "profile-steps-3-3.json.gz") == 1
+    assert steps_in(early / "profile-steps-3-3.json.gz") == 2, "the next one has begun"
     train(plan("none", profile=4), said, StopRequest(), stop_after=1)
     assert said.lines.count("The run ended before a step was traced") == 1
     resumed = train(plan("early", profile=1, resume="auto"), said, StopRequest()).folder

@@ -101,7 +101,12 @@ def choose_optimizer(parameters: Parameters, origin: Origin, invalid: frozenset[
 
 
 def with_kernel(
-    optimizer: OptimizerChoice, device: str, mixed_precision: str, sharded: bool = False, recorded: bool | None = None
+    optimizer: OptimizerChoice,
+    device: str,
+    mixed_precision: str,
+    *,
+    sharded: bool = False,
+    recorded: bool | None = None,
 ) -> OptimizerChoice:
     """Return an optimizer with the kernel that it uses unless its arguments say: fused on a CUDA device.
 

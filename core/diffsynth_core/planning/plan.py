@@ -172,14 +172,9 @@ def make_plan(
         samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter)
         if task.encodes and not found and resolved.origin("dataset_base_path").is_given:
             report(*missing_dataset(parameters))
-        device, mixed_precision = _choose_machine(parameters, samples)
-        planned_for = _planned_for(parameters, device, mixed_precision)
+        machine = _choose_machine(parameters, samples, world_size, engine)
         if task.trains:
-            _check_updates(parameters, optimizer, planned_for[1], world_size, engine)
-            if found:
-                _check_attention(parameters, found, *planned_for)
-                # As given: `parameters` has the number of blocks to swap.
-                _check_compilation(resolved.parameters, found, device)
+            _check_step(resolved, parameters, found, optimizer, machine)
         report(*(shape_faults(found) if found else []))
         report(*validation_problems(parameters))
         samples, held_out = _hold_out(parameters, found, samples, reporter)
@@ -187,11 +182,10 @@ def make_plan(
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache))
         report(*probe_problems(parameters))
-        if task.trains:
-            _check_trackers(parameters)
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
-        start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter)
-        optimizer = with_kernel(optimizer, *planned_for, engine.spec.shards, start.fused_optimizer)
+        known_steps = None if no_dataset else steps
+        start = _find_start(parameters, found, fingerprint, known_steps, machine.mixed_precision, reporter)
+        optimizer = _with_kernel(parameters, optimizer, machine, start)
         report(*profile_problems(parameters, steps.total_steps - start.first_step if steps else 0))
     missing = tuple(problems.missing) if without_files else ()
     if resolved.problems or problems or not (found and training and samples and steps):
@@ -203,15 +197,11 @@ def make_plan(
         data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded, held_out=held_out),
         training=replace(training, optimizer=optimizer),
         output=OutputPlan(start=start, cache=cache),
-        machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size, engine=engine),
+        machine=machine,
         missing=missing,
         family_defaults=resolved.family_defaults,
         fitted=tuple(name for name, origin in resolved.origins.items() if origin.kind == "fit"),
-        warnings=(
-            *_warnings(resolved, samples),
-            *_unread_lora(parameters, found, training),
-            *(rate_warnings(parameters, optimizer) if task.trains else ()),
-        ),
+        warnings=(*_warnings(resolved, samples), *_warnings_of_training(parameters, found, training, optimizer)),
     )
 
 
@@ -222,11 +212,15 @@ def _fingerprint(parameters: Parameters, encoded: EncodedSamples | None, samples
     return dataset_fingerprint(parameters, samples) if samples else None
 
 
-def _unread_lora(parameters: Parameters, found: ModelPlan, training: Training) -> Iterator[Problem]:
-    """Warn about a LoRA in a format that no other program reads."""
+def _warnings_of_training(
+    parameters: Parameters, found: ModelPlan, training: Training, optimizer: OptimizerChoice
+) -> Iterator[Problem]:
+    """Warn about a LoRA in a format that no other program reads, and about an unusual learning rate."""
     note = unread_note(found.facts, parameters.lora_format, "--lora_format")
     if note and training.lora_component == found.facts.denoiser:
         yield Problem(note)
+    if TASKS[parameters.task].trains:
+        yield from rate_warnings(parameters, optimizer)
 
 
 def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
@@ -257,22 +251,22 @@ def _find_components(
     return find_components(parameters, resolved.family, base, encoded)
 
 
-def _choose_machine(parameters: Parameters, samples: SampleSet | None) -> tuple[str, str]:
-    """Return device and mixed precision."""
+def _choose_machine(
+    parameters: Parameters, samples: SampleSet | None, world_size: int, engine: EngineChoice
+) -> Machine:
+    """Return what the run computes with."""
     device = choose_device(parameters)
     mixed_precision = choose_precision(parameters, device)
     if samples and TASKS[parameters.task].trains:
         report_missing(*noise_problems(samples))
-    return device, mixed_precision
+    return Machine(device=device, mixed_precision=mixed_precision, world_size=world_size, engine=engine)
 
 
-def _planned_for(parameters: Parameters, device: str, mixed_precision: str) -> tuple[str, str]:
-    """Return device and precision of the run: a dry run without a device is planned for a GPU, whatever this machine
-    has.
-    """
+def _planned_for(parameters: Parameters, machine: Machine) -> Machine:
+    """Return what the run is planned for: a GPU in a dry run without a device, whatever this machine has."""
     if parameters.dry_run and parameters.device is None:
-        return "cuda", parameters.mixed_precision or "bf16"
-    return device, mixed_precision
+        return replace(machine, device="cuda", mixed_precision=parameters.mixed_precision or "bf16")
+    return machine
 
 
 def _find_start(
@@ -312,17 +306,45 @@ def _choose_optimizer(resolved: Resolved, parameters: Parameters) -> OptimizerCh
     return choose_optimizer(parameters, resolved.origin("optimizer"), resolved.invalid)
 
 
-def _check_updates(
-    parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str, world_size: int, engine: EngineChoice
+def _with_kernel(
+    parameters: Parameters, optimizer: OptimizerChoice, machine: Machine, start: ResumePoint
+) -> OptimizerChoice:
+    """Return the optimizer with the kernel of what the run is planned for, or with that of the run to resume."""
+    planned_for = _planned_for(parameters, machine)
+    return with_kernel(
+        optimizer,
+        planned_for.device,
+        planned_for.mixed_precision,
+        sharded=machine.engine.spec.shards,
+        recorded=start.fused_optimizer,
+    )
+
+
+def _check_step(
+    resolved: Resolved, parameters: Parameters, found: ModelPlan | None, optimizer: OptimizerChoice, machine: Machine
 ) -> None:
+    """Report why a step cannot be as the parameters say."""
+    planned_for = _planned_for(parameters, machine)
+    _check_updates(parameters, optimizer, planned_for)
+    _check_trackers(parameters)
+    if found:
+        _check_attention(parameters, found, planned_for)
+        # As given: `parameters` has the number of blocks to swap.
+        _check_compilation(resolved.parameters, found, machine.device)
+
+
+def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, machine: Machine) -> None:
     """Report why weights cannot be updated in the dtype, at the time and place, or by the engine that the run asks for,
     and why activations cannot be recomputed.
     """
-    for problem in dtype_problems(parameters, optimizer, mixed_precision):
+    precision = machine.mixed_precision
+    for problem in (
+        *dtype_problems(parameters, optimizer, precision),
+        *update_problems(parameters, optimizer, precision, machine.world_size),
+        *recomputation_problems(parameters),
+        *engine_problems(parameters, optimizer, precision, machine.engine),
+    ):
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
-    report(*update_problems(parameters, optimizer, mixed_precision, world_size), *recomputation_problems(parameters))
-    for problem in engine_problems(parameters, optimizer, mixed_precision, engine):
-        (report if problem.wrong_use else report_missing)(problem)
 
 
 def _check_trackers(parameters: Parameters) -> None:
@@ -331,9 +353,9 @@ def _check_trackers(parameters: Parameters) -> None:
         (report if problem.wrong_use else report_missing)(problem)
 
 
-def _check_attention(parameters: Parameters, found: ModelPlan, device: str, mixed_precision: str) -> None:
+def _check_attention(parameters: Parameters, found: ModelPlan, machine: Machine) -> None:
     """Report why attention cannot be computed by the kernel that the parameters name."""
-    for problem in attention_problems(parameters, found.facts, device, mixed_precision):
+    for problem in attention_problems(parameters, found.facts, machine.device, machine.mixed_precision):
         (report if problem.wrong_use else report_missing)(problem)
 
 
