@@ -56,11 +56,12 @@ class ProfileObserver(Observer):
         profiler, self._profiler = self._profiler, None
         if profiler:
             profiler.stop()
+            if len(self._reports) <= PROFILE_WARM_UP:
+                self._say("The run ended before a step was traced")
 
     def _write(self, profiler: profile) -> None:
         traced = self._reports[PROFILE_WARM_UP:]
         if not traced:
-            self._say("The run ended before a step was traced")
             return
         path = self._folder / f"profile-steps-{traced[0].step}-{traced[-1].step}.json.gz"
         try:
