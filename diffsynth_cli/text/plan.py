@@ -36,9 +36,12 @@ def plan_lines(plan: RunPlan, reporter: Reporter, estimated: bool = False) -> It
     `estimated`: an estimate follows, which is for a GPU even if this machine has none.
     """
     yield from _machine_lines(plan, estimated)
+    yield from _tf32_lines(plan, estimated)
     yield from _component_lines(plan)
     if plan.task.trains and plan.parameters.blocks_to_swap:
         yield f"  {swapped_in_words(plan)}"
+    if plan.task.trains and plan.training.optimizer.fused:
+        yield f"  {plan.training.optimizer.spec.title} updates weights in a fused kernel; `--optimizer_args fused=false` turns that off"
     yield from _sample_lines(plan)
     if plan.task.trains:
         yield from family_default_lines(plan)
@@ -71,6 +74,13 @@ def _machine_lines(plan: RunPlan, estimated: bool) -> Iterator[str]:
     yield f"{title} on a {DEVICES[device]}, precision {precision}, seed {seed}"
     other = "" if precision == plan.machine.mixed_precision else f", precision {plan.machine.mixed_precision}"
     yield f"  planned for a {DEVICES[device]}; this machine has none and would train on {plan.machine.device}{other}"
+
+
+def _tf32_lines(plan: RunPlan, estimated: bool) -> Iterator[str]:
+    """Which float32 operations of a CUDA device round their inputs."""
+    device = device_and_precision(plan.parameters, plan.machine)[0] if estimated else plan.machine.device
+    if device.partition(":")[0] == "cuda":
+        yield f"  TF32 in float32 operations of CUDA devices: {', '.join(plan.machine.tf32) or 'none'}"
 
 
 def _component_lines(plan: RunPlan) -> Iterator[str]:
@@ -162,8 +172,6 @@ def _step_lines(plan: RunPlan) -> Iterator[str]:
         yield f"  timesteps {first} to {end - 1} of {TRAINING_TIMESTEPS}, noisiest first"
     if parameters.find_unused_parameters:
         yield "  unused parameters are excluded, so `find_unused_parameters` has no effect"
-    if plan.training.optimizer.fused:
-        yield f"  {plan.training.optimizer.spec.title} updates the weights in a fused kernel; `--optimizer_args fused=false` in one operation after the other"
     if parameters.compile:
         yield f"  {compiled_in_words(plan)}"
     if plan.data.held_out:

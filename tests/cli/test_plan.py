@@ -320,3 +320,4 @@ def test_adamw_is_fused_on_gpus_but_not_in_fp16(plan):
     assert refused.code == 2 and "`fused=true` hides which steps were skipped" in refused.err
     fp16, bf16 = (plan("qwen-image-lora", "--verbose", "--mixed_precision", each) for each in ("fp16", "bf16"))
     assert ("fused kernel" in fp16.out, "fused kernel" in bf16.out) == (False, True)
+    assert "  TF32 in float32 operations of CUDA devices: convolutions\n" in bf16.out

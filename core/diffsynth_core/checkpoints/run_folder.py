@@ -87,6 +87,8 @@ class RunRecord:
     """Of all commands of the run so far, encoding included, to the latest saved state or the end."""
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     updated: str = ""
+    tf32: list[str] = field(default_factory=list)
+    """Kinds of float32 operations that the latest command computed in TF32."""
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
 
     def save(self, folder: Path) -> None:

@@ -61,6 +61,18 @@ def choose_precision(parameters: Parameters, device: str) -> str:
     return parameters.mixed_precision
 
 
+def operations_in_tf32() -> tuple[str, ...]:
+    """Return the kinds of float32 operations that CUDA devices compute in TF32, with 10 bits of mantissa, in this
+    process: PyTorch decides that, and its environment (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`).
+
+    Imports torch.
+    """
+    from torch.backends import cuda, cudnn
+
+    precisions = {"matrix products": cuda.matmul.fp32_precision, "convolutions": cudnn.conv.fp32_precision}  # type: ignore[attr-defined]
+    return tuple(name for name, precision in precisions.items() if precision == "tf32")
+
+
 def noise_problems(samples: SampleSet) -> list[Problem]:
     """Return the problem of samples whose noise must be drawn on a GPU, if there is none."""
     import torch

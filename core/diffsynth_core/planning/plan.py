@@ -18,7 +18,7 @@ from diffsynth_core.planning.block_swap import with_number_of_blocks
 from diffsynth_core.planning.compilation import compilation_problems, contradictions
 from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
-from diffsynth_core.planning.device import choose_device, choose_precision, noise_problems
+from diffsynth_core.planning.device import choose_device, choose_precision, noise_problems, operations_in_tf32
 from diffsynth_core.planning.encodings_plan import EncodingsPlan
 from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_problems
 from diffsynth_core.planning.held_out import read_held_out, share_to_hold_out, validation_problems
@@ -80,12 +80,14 @@ class Machine:
         device: as torch names it.
         world_size: number of processes.
         engine: what distributes a step over them.
+        tf32: kinds of float32 operations that a CUDA device computes in TF32.
     """
 
     device: str
     mixed_precision: str
     world_size: int = 1
     engine: EngineChoice = REPLICATED
+    tf32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +261,13 @@ def _choose_machine(
     mixed_precision = choose_precision(parameters, device)
     if samples and TASKS[parameters.task].trains:
         report_missing(*noise_problems(samples))
-    return Machine(device=device, mixed_precision=mixed_precision, world_size=world_size, engine=engine)
+    return Machine(
+        device=device,
+        mixed_precision=mixed_precision,
+        world_size=world_size,
+        engine=engine,
+        tf32=operations_in_tf32(),
+    )
 
 
 def _planned_for(parameters: Parameters, machine: Machine) -> Machine:

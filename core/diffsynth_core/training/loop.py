@@ -561,6 +561,7 @@ class Run:
             as_plain(plan.parameters),
             package_versions(plan.training.optimizer.packages),
         )
+        record.tf32 = list(plan.machine.tf32) if self.accelerator.device.type == "cuda" else []
         record.status, record.failure, record.diverged_step = "running", None, None
         record.step, record.samples_seen, record.total_steps = (
             plan.output.start.first_step,
