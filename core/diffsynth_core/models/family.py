@@ -28,8 +28,9 @@ class Encoder:
             components, values of each of its columns) -> encodings of each of several samples.
         tokenize: (components, caption) -> the tokens that `encode` takes in its place; None: it takes the caption.
         truncation_warning: about a caption of which `tokenize` ignores a part.
-        batched: encodes several samples in one pass, in float32 on a CPU each as it is encoded alone: images and clips
-            of the same shapes within 1e-6, captions whose tokens are of the same group bit for bit.
+        batched: encodes several samples in one pass, in float32 on a CPU each as it is encoded alone: captions whose
+            tokens are of the same group bit for bit, images and clips of the same shapes within rounding (1e-6 for
+            video VAEs, 4e-6 for others, whose norms enlarge that of another kernel; neither is nearer to float64).
     """
 
     encode: Callable[..., Encoded] | Callable[..., list[Encoded]]
@@ -215,6 +216,15 @@ class Family(ABC):
         `pattern` is the glob of the recipe, such as `transformer/diffusion_pytorch_model*.safetensors`; configuration
         and tokenizer are written too.
         """
+
+
+def name_references(encoded: Sequence[Tensor], name: str, count: int) -> list[Encoded]:
+    """Return the encodings of each of `count` samples, from those of their first, second … reference images.
+
+    Args:
+        name: of an encoding, with its number from 0 in place of `{}`.
+    """
+    return [{name.format(number): images[index] for number, images in enumerate(encoded)} for index in range(count)]
 
 
 def encoder_dtype(mixed_precision: str) -> torch.dtype:

@@ -8,8 +8,12 @@ from typing import Any, Literal
 MediaSize = tuple[int, int, int]
 """(frames, height, width) in pixels."""
 
-CAPTIONS_AT_ONCE = 8
-"""Captions that a frozen text encoder encodes in one pass."""
+TOKENS_AT_ONCE = 1024
+"""Most tokens of all captions that a frozen text encoder encodes in one pass, unless a single one has more.
+
+With more than some 500, a pass takes longer for its operations than for reading the weights; as many are in the longest
+caption of Qwen-Image, so that a batch of short ones needs no more memory.
+"""
 ENCODED_AT_ONCE = 256 * 256
 """Most pixels of all images or clips that a frozen encoder encodes in one pass, unless a single one has more."""
 
@@ -20,7 +24,13 @@ def encoded_at_once(shapes: Iterable[Sequence[int]]) -> int:
     Args:
         shapes: of the images and clips that it reads of one, `(…, F, H, W)` each.
     """
-    return max(1, ENCODED_AT_ONCE // max(1, sum(math.prod(shape[-3:]) for shape in shapes)))
+    pixels = sum(math.prod(shape[-3:]) for shape in shapes)
+    return max(1, ENCODED_AT_ONCE // pixels) if pixels else 1
+
+
+def captions_at_once(tokens: int) -> int:
+    """Return how many captions of as many tokens each a frozen text encoder encodes in one pass."""
+    return max(1, TOKENS_AT_ONCE // tokens)
 
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -2,10 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class TokenGroup(NamedTuple):
+    """What captions that are encoded in one pass have in common.
+
+    Attributes:
+        length: their number of tokens, padding included.
+        padded: whether some are padding: where none is, attention has no mask and thereby another kernel.
+    """
+
+    length: int
+    padded: bool
 
 
 @dataclass(frozen=True)
@@ -23,12 +35,9 @@ class Tokens:
     truncated: bool
 
     @property
-    def group(self) -> tuple[int, bool]:
-        """What captions that are encoded in one pass have in common: their length, and whether they are padded.
-
-        Where nothing is padded, attention has no mask and thereby another kernel.
-        """
-        return len(self.ids), self.mask is not None and not bool(self.mask.all())
+    def group(self) -> TokenGroup:
+        """The captions that are encoded together with it."""
+        return TokenGroup(len(self.ids), self.mask is not None and not bool(self.mask.all()))
 
 
 def tokenize(tokenizer: Any, text: str, most: int, *, padded: bool = False) -> Tokens:

@@ -132,9 +132,9 @@ def encoder_activations(plan: RunPlan, component: str, config: MemoryConfig) -> 
 
 def _encoded_together(config: MemoryConfig) -> float:
     """Return the pixels that a VAE encodes in one pass, as a multiple of those of the largest sample: small ones are
-    encoded together in float32 on a CPU.
+    encoded together, on a CPU in float32 only.
     """
-    if config.device != "cpu" or config.precision != "no":
+    if config.device == "cpu" and config.precision != "no":
         return 1
     return max(1, ENCODED_AT_ONCE / math.prod(config.sizes.images[0]))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.models.family import Encoded, Family
-from diffsynth_core.models.size_facts import CAPTIONS_AT_ONCE, encoded_at_once
+from diffsynth_core.models.size_facts import captions_at_once, encoded_at_once
 from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.encoder_inputs import scale_pixels
 
@@ -36,17 +36,23 @@ ALONE = BatchKind(None, 1)
 """Samples are encoded one by one."""
 
 
-def rounds_alike(module: nn.Module) -> bool:
-    """Return whether samples of a batch are encoded as they are alone, within 1e-6: in float32 on a CPU.
+def takes_batches(module: nn.Module) -> bool:
+    """Return whether samples are encoded together: on devices whose speed they do not use one by one, and in float32.
 
-    bfloat16 rounds coarsely, and so does TF32, in which GPUs compute convolutions of float32.
+    A CPU computes other dtypes no faster in batches, and would have to fill up those of captions too.
     """
+    return _is_exact(module) or all(weight.device.type != "cpu" for weight in module.parameters())
+
+
+def _is_exact(module: nn.Module) -> bool:
+    """Return whether captions are encoded to the same bits in batches of any size: in float32 on a CPU."""
     return all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in module.parameters())
 
 
 def image_batch(sample: Inputs) -> BatchKind:
     """Return which samples are encoded together with one that has images or clips, `(C, F, H, W)` each."""
-    shapes = tuple(tuple(value.shape) for value in sample.values() if isinstance(value, Tensor))
+    media = [one for value in sample.values() for one in (value if isinstance(value, list) else [value])]
+    shapes = tuple(tuple(one.shape) for one in media if isinstance(one, Tensor))
     return BatchKind(shapes, encoded_at_once(shapes), filled=True)
 
 
@@ -54,10 +60,11 @@ class EncodingBatches(Generic[Ref]):
     """Encodes samples as they come, those of one kind together.
 
     What the cache holds must not depend on which samples were missing when it was filled: a run whose cache was filled
-    in two goes would train on other bits. But kernels of convolutions are chosen by the shapes of their inputs, so an
-    image alone is rounded otherwise than in a batch, and in a batch of two otherwise than in one of sixteen. So all
-    batches of a shape have the same size; the last one is filled up with copies. Within a batch, an image is computed
-    independently of the others and of its position. Captions are encoded to the same bits in a batch of any size.
+    in two goes would train on other bits. But kernels are chosen by the shapes of their inputs, so an image alone is
+    rounded otherwise than in a batch, and in a batch of two otherwise than in one of sixteen. So all batches of a shape
+    have the same size; the last one is filled up with copies. Within a batch, a sample is computed independently of the
+    others and of its position. On a CPU in float32, captions are encoded to the same bits in a batch of any size, and
+    theirs are not filled up.
     """
 
     def __init__(
@@ -76,15 +83,16 @@ class EncodingBatches(Generic[Ref]):
     def of(cls, family: Family, encoder: EncoderFacts, components: Mapping[str, Any]) -> "EncodingBatches[Ref]":
         """Return the batches of an encoder, of samples as `Family.tokenize` makes them of what `load_input` returns."""
         module: nn.Module = components[encoder.component]
-        device = next(module.parameters()).device
+        device, filled = next(module.parameters()).device, not _is_exact(module)
 
         def encode(samples: Sequence[Inputs]) -> list[Encoded]:
             return family.encode_batch(encoder, components, [scale_pixels(sample, device) for sample in samples])
 
         def caption_batch(sample: Inputs) -> BatchKind:
-            return BatchKind(sample[family.facts.text_column].group, CAPTIONS_AT_ONCE)
+            group = sample[family.facts.text_column].group
+            return BatchKind(group, captions_at_once(group.length), filled)
 
-        if not (family.encoders[encoder.name].batched and rounds_alike(module)):
+        if not (family.encoders[encoder.name].batched and takes_batches(module)):
             return cls(encode, lambda sample: ALONE)
         return cls(encode, caption_batch if family.facts.text_column in encoder.columns else image_batch)
 

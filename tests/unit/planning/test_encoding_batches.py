@@ -1,8 +1,12 @@
 """Small samples are encoded together: images in batches of one size for each shape, captions of one group."""
 
+import pytest
 import torch
 
-from diffsynth_core.planning.encoding_batches import ALONE, BatchKind, EncodingBatches, image_batch, rounds_alike
+from diffsynth_core.models.family import Encoder
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.tokens import Tokens
+from diffsynth_core.planning.encoding_batches import ALONE, BatchKind, EncodingBatches, image_batch
 
 SMALL, LARGE = (3, 1, 64, 64), (3, 1, 256, 256)
 
@@ -22,10 +26,10 @@ def samples(*shapes):
     return [{"image": torch.full(shape, float(number)), "prompt": "text"} for number, shape in enumerate(shapes)]
 
 
-def encoded(batches, given):
+def encoded(batches, given, read=lambda made: float(made["sum"])):
     """Return the sums by reference, in the order in which they were encoded."""
     found = [one for ref, sample in enumerate(given) for one in batches.add(ref, sample)]
-    return {ref: float(encoding["sum"]) for ref, encoding in (*found, *batches.rest())}
+    return {ref: read(encoding) for ref, encoding in (*found, *batches.rest())}
 
 
 def test_samples_of_one_shape_share_batches_and_the_last_is_filled_up():
@@ -57,8 +61,34 @@ def test_captions_of_a_group_share_batches_and_no_copy_is_encoded():
     assert found == {ref: float(sample["image"].sum()) for ref, sample in enumerate(given)}
 
 
-def test_only_float32_on_a_cpu_rounds_alike():
-    module = torch.nn.Linear(2, 2)
-    assert rounds_alike(module)
-    assert not rounds_alike(module.to(torch.bfloat16))
-    assert not rounds_alike(torch.nn.Linear(2, 2, device="meta"))
+def test_captions_are_filled_up_except_in_float32_on_a_cpu():
+    module, sample = torch.nn.Linear(2, 2), {"prompt": Tokens(torch.arange(300), None, False)}
+    assert sizes_of_batches(module, [sample] * 4) == [3, 1]
+    assert sizes_of_batches(module.to(torch.bfloat16), [sample] * 4) == [1, 1, 1, 1]
+    assert sizes_of_batches(torch.nn.Linear(2, 2, device="meta"), [sample] * 4) == [3, 3]
+
+
+def sizes_of_batches(module, given):
+    """Encode captions with an encoder of Wan that has this module; return the sizes of its batches."""
+    family, sizes = load_family("wan"), []
+
+    def encode(facts, components, captions):
+        sizes.append(len(captions))
+        return [{} for _ in captions]
+
+    encoder = next(one for one in family.facts.variant({}, (), "").encoders if one.name == "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "encoders", {"text": Encoder(encode, batched=True)})
+        encoded(EncodingBatches.of(family, encoder, {encoder.component: module}), given, lambda made: made)
+    return sizes
+
+
+def test_what_has_no_pixels_is_not_filled_up():
+    assert image_batch({"edit_image": []}).size == 1
+
+
+def test_reference_images_count_as_well():
+    shown = [torch.zeros(3, 1, 128, 128), torch.zeros(3, 1, 64, 64)]
+    kind = image_batch({"image": torch.zeros(3, 1, 64, 64), "edit_image": shown})
+    assert kind.size == 65536 // (128 * 128 + 2 * 64 * 64)
+    assert kind != image_batch({"image": torch.zeros(3, 1, 64, 64), "edit_image": shown[::-1]})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth_core.models.family import Encoded, Encoder
+from diffsynth_core.models.family import Encoded, Encoder, name_references
 from diffsynth_core.models.flux2.captions import MAX_TOKENS
 from diffsynth_core.models.flux2.keys import TEXT_LAYERS
 from diffsynth_core.models.spec import EncoderFacts
@@ -45,29 +45,36 @@ def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], captions: 
     return [{"prompt_embeds": one} for one in torch.cat([states[layer] for layer in TEXT_LAYERS], dim=-1)]
 
 
-def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
-    """Encode an image: the mean of the VAE's posterior in 2 x 2 patches, normalized with the VAE's running statistics.
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], targets: Sequence[Tensor]) -> list[Encoded]:
+    """Encode images of one shape: the means of the VAE's posteriors in 2 x 2 patches, normalized with the VAE's running
+    statistics.
 
     Args:
-        pixels: `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
+        targets: each `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
 
     Returns:
-        `latents`: `[128, 1, H / 16, W / 16]` float32.
+        `latents` of each: `[128, 1, H / 16, W / 16]` float32.
     """
-    return {"latents": _latents(components[encoder.component], pixels)}
+    return [{"latents": latents} for latents in _latents(components[encoder.component], targets)]
 
 
-def encode_references(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
-    """Encode reference images to `edit_latents_0`, `edit_latents_1` …, in order, as in `encode_latents`."""
+def encode_references(
+    encoder: EncoderFacts, components: Mapping[str, Any], references: Sequence[Sequence[Tensor]]
+) -> list[Encoded]:
+    """Encode the reference images of samples to `edit_latents_0`, `edit_latents_1` …, in order, as in
+    `encode_latents`; sizes may differ within a sample.
+    """
     vae = components[encoder.component]
-    return {REFERENCE_LATENTS.format(number): _latents(vae, image) for number, image in enumerate(images)}
+    encoded = [_latents(vae, images) for images in zip(*references, strict=True)]
+    return name_references(encoded, REFERENCE_LATENTS, len(references))
 
 
-def _latents(vae: Any, pixels: Tensor) -> Tensor:
-    posterior = vae.encode(pixels[None, :, 0].to(vae.device, vae.dtype)).latent_dist
-    latents = patchify(posterior.mode().float())
+def _latents(vae: Any, images: Sequence[Tensor]) -> Tensor:
+    frames = [image[None, :, 0] for image in images]  # [1, 3, H, W] each
+    batch = frames[0] if len(frames) == 1 else torch.cat(frames)  # a copy may have another layout, and other kernels
+    latents = patchify(vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mode().float())
     mean, std = _statistics(vae)
-    return ((latents - mean) / std)[0, :, None]
+    return ((latents - mean) / std)[:, :, None]
 
 
 def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
@@ -108,7 +115,7 @@ ENCODERS = {
         f"captions are truncated to {MAX_TOKENS} tokens, template included",
         batched=True,
     ),
-    "latents": Encoder(encode_latents),
-    "edit_image": Encoder(encode_references),
+    "latents": Encoder(encode_latents, batched=True),
+    "edit_image": Encoder(encode_references, batched=True),
 }
-"""Name -> encoder; spec.py has the facts. Images are encoded one by one, for the reason that FLUX.1's are."""
+"""Name -> encoder; spec.py has the facts."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.control import CONTROL_LATENTS
-from diffsynth_core.models.family import Encoded, Encoder
+from diffsynth_core.models.family import Encoded, Encoder, name_references
 from diffsynth_core.models.qwen_image.captions import (
     DROPPED_EDIT_TOKENS,
     DROPPED_TOKENS,
@@ -115,26 +115,29 @@ def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], targets
     return [{"latents": latents} for latents in encode_normalized(components[encoder.component], targets)]
 
 
-def encode_edit_latents(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
-    """Encode reference images, whose sizes may differ.
+def encode_edit_latents(
+    encoder: EncoderFacts, components: Mapping[str, Any], references: Sequence[Sequence[Tensor]]
+) -> list[Encoded]:
+    """Encode the reference images of samples, whose sizes may differ within a sample.
 
     Returns:
-        `edit_latents_0`, `edit_latents_1` …: in order, each `[16, 1, h, w]` float32.
+        `edit_latents_0`, `edit_latents_1` … of each: in order, each `[16, 1, h, w]` float32.
     """
     vae = components[encoder.component]
-    return {EDIT_LATENTS.format(number): encode_normalized(vae, [image])[0] for number, image in enumerate(images)}
+    encoded = [encode_normalized(vae, images) for images in zip(*references, strict=True)]
+    return name_references(encoded, EDIT_LATENTS, len(references))
 
 
 def encode_controlnet_latents(
-    encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]
-) -> Encoded:
-    """Encode the image of a ControlNet, which has the size of the target.
+    encoder: EncoderFacts, components: Mapping[str, Any], shown: Sequence[Sequence[Tensor]]
+) -> list[Encoded]:
+    """Encode the image of a ControlNet of each sample, which has the size of the target.
 
     Returns:
-        `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
+        `controlnet_latents` of each: `[16, 1, H / 8, W / 8]` float32.
     """
-    (latents,) = encode_normalized(components[encoder.component], images)
-    return {CONTROL_LATENTS: latents}
+    images = [image for (image,) in shown]
+    return [{CONTROL_LATENTS: latents} for latents in encode_normalized(components[encoder.component], images)]
 
 
 ENCODERS = {
@@ -142,7 +145,10 @@ ENCODERS = {
     "edit_text": Encoder(encode_edit_text),
     "edit_plus_text": Encoder(encode_edit_text),
     "latents": Encoder(encode_latents, batched=True),
-    "edit_latents": Encoder(encode_edit_latents),
-    CONTROL_LATENTS: Encoder(encode_controlnet_latents),
+    "edit_latents": Encoder(encode_edit_latents, batched=True),
+    CONTROL_LATENTS: Encoder(encode_controlnet_latents, batched=True),
 }
-"""Name -> encoder; variants.py has the facts."""
+"""Name -> encoder; variants.py has the facts.
+
+Captions with images are encoded one by one: the processor must read the images before their number of tokens is known.
+"""

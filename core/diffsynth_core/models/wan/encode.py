@@ -42,39 +42,47 @@ def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], clips: 
     return [{"latents": latents} for latents in encode_normalized(components[encoder.component], clips)]
 
 
-def encode_with_clean_first_frame(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
-    """Encode a clip whose first frame stays clean as the condition (TI2V).
+def encode_with_clean_first_frame(
+    encoder: EncoderFacts, components: Mapping[str, Any], clips: Sequence[Tensor]
+) -> list[Encoded]:
+    """Encode clips whose first frame stays clean as the condition (TI2V).
 
     Returns:
         `latents` as in `encode_latents`; `given`: mask of the clean latents, `[1, n + 1, 1, 1]`.
     """
-    (encoded,) = encode_latents(encoder, components, [pixels])
-    given = torch.zeros(1, encoded["latents"].shape[1], 1, 1)
+    encoded = encode_latents(encoder, components, clips)
+    given = torch.zeros(1, encoded[0]["latents"].shape[1], 1, 1)
     given[:, 0] = 1
-    return encoded | {"given": given}
+    return [one | {"given": given} for one in encoded]
 
 
-def encode_with_condition(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
-    """Encode a clip, and its conditioning frames with their mask as additional channels (I2V).
+def encode_with_condition(
+    encoder: EncoderFacts, components: Mapping[str, Any], clips: Sequence[Tensor]
+) -> list[Encoded]:
+    """Encode clips of one shape, and their conditioning frames with their mask as additional channels (I2V).
 
     Args:
         encoder: its inputs are the conditioning frames: `input_image` (first), `end_image` (last).
-        pixels: `[3, F, H, W]` in [-1, 1], F = 4n + 1.
+        clips: each `[3, F, H, W]` in [-1, 1], F = 4n + 1.
 
     Returns:
-        `latents` as in `encode_latents`; `condition`: mask and latents, `[4 + C, n + 1, h, w]` float32.
+        `latents` as in `encode_latents`; `condition` of each: mask and latents, `[4 + C, n + 1, h, w]` float32.
     """
     vae, shown = components[encoder.component], encoder.inputs
-    kept = torch.zeros_like(pixels)
-    for frame in conditioning_frames(shown):
-        kept[:, frame] = pixels[:, frame]
-    (latents,) = encode_normalized(vae, [kept])
-    mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
-    spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    # A clip that has nothing else, such as one to be generated, is not encoded again; without values, none is known to.
-    same = not pixels.is_meta and torch.equal(kept, pixels)
-    target = latents if same else encode_normalized(vae, [pixels])[0]
-    return {"latents": target, "condition": torch.cat([spread, latents])}
+    kept = [torch.zeros_like(clip) for clip in clips]
+    for alone, clip in zip(kept, clips, strict=True):
+        for frame in conditioning_frames(shown):
+            alone[:, frame] = clip[:, frame]
+    latents = encode_normalized(vae, kept)
+    mask = conditioning_mask(clips[0].shape[1], shown).to(latents.device)
+    spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[3:])
+    # Clips that have nothing else, such as those to be generated, are not encoded again; meta tensors do not say.
+    same = all(not clip.is_meta and torch.equal(alone, clip) for alone, clip in zip(kept, clips, strict=True))
+    targets = latents if same else encode_normalized(vae, clips)
+    return [
+        {"latents": target, "condition": torch.cat([spread, condition])}
+        for target, condition in zip(targets, latents, strict=True)
+    ]
 
 
 def conditioning_frames(shown: tuple[str, ...]) -> list[int]:
@@ -92,33 +100,34 @@ def conditioning_mask(frames: int, shown: tuple[str, ...]) -> Tensor:
     return filled.view(-1, FRAMES_PER_LATENT).T
 
 
-def encode_image(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
+def encode_image(encoder: EncoderFacts, components: Mapping[str, Any], clips: Sequence[Tensor]) -> list[Encoded]:
     """Encode conditioning frames with CLIP.
 
     Args:
         encoder: its inputs are those whose frames are encoded; if it has none, the first frame is.
-        pixels: `[3, F, H, W]` in [-1, 1].
+        clips: each `[3, F, H, W]` in [-1, 1].
 
     Returns:
-        `image_embeds`: hidden states before the last layer, of N frames one after the other, `[257 N, 1280]` in the
-            image encoder's dtype.
+        `image_embeds` of each: hidden states before the last layer, of N frames one after the other, `[257 N, 1280]` in
+            the image encoder's dtype.
     """
     from transformers import CLIPImageProcessorPil
 
     image_encoder = components[encoder.component]
     frames = conditioning_frames(encoder.inputs) or [0]
-    images = ((pixels[:, frames] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)  # [N, H, W, 3]
-    inputs = CLIPImageProcessorPil()(images=list(images.cpu().numpy()), return_tensors="pt")
+    shown = torch.cat([clip[:, frames].movedim(0, -1) for clip in clips])  # [B N, H, W, 3]
+    images = ((shown + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    inputs = CLIPImageProcessorPil()(images=list(images), return_tensors="pt")
     values = inputs["pixel_values"].to(image_encoder.device, image_encoder.dtype)
     states = image_encoder(values, output_hidden_states=True).hidden_states[-2]
-    return {"image_embeds": states.flatten(0, 1)}
+    return [{"image_embeds": one.flatten(0, 1)} for one in states.split(len(frames))]
 
 
 ENCODERS = {
     "text": Encoder(encode_text, tokenize_caption, f"captions are truncated to {MAX_TOKENS} tokens", batched=True),
     "latents": Encoder(encode_latents, batched=True),
-    "latents_with_first_given": Encoder(encode_with_clean_first_frame),
-    "latents_with_condition": Encoder(encode_with_condition),
-    "image": Encoder(encode_image),
+    "latents_with_first_given": Encoder(encode_with_clean_first_frame, batched=True),
+    "latents_with_condition": Encoder(encode_with_condition, batched=True),
+    "image": Encoder(encode_image, batched=True),
 }
 """Name -> encoder; spec.py has the facts."""
