@@ -12,15 +12,16 @@ from PIL import Image
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning import encoding_batches
+from diffsynth_core.planning.encoder_inputs import load_tokenizers
+from diffsynth_core.planning.encoding_batches import EncodingBatches
 from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.loading import load_planned
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.encode import fill_cache, load_columns
 from diffsynth_core.training.loop import make_accelerator
 from tests.conftest import write_metadata
-
-SIDE = 64
 
 
 @pytest.fixture
@@ -32,12 +33,13 @@ def single_thread():
     torch.set_num_threads(before)
 
 
-def write_images(folder: Path, count: int) -> Path:
+def write_images(folder: Path, count: int, side: int = 64) -> Path:
     """Write images of random pixels, each with a caption of its own."""
     folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{number}.png")
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     write_metadata(folder, [(f"{number}.png", f"an image, number {number}") for number in range(count)])
     return folder
 
@@ -68,10 +70,43 @@ def test_batches_take_less_time_than_their_samples(encoder, tiny_models, tmp_pat
     dataset = write_images(tmp_path / "images", count)
     together = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "together"), encoder)
     monkeypatch.setattr(encoding_batches, "encoded_at_once", lambda *_: 1)
-    monkeypatch.setattr(encoding_batches, "CAPTIONS_AT_ONCE", 1)
+    monkeypatch.setattr(encoding_batches, "captions_at_once", lambda *_: 1)
     singly = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "singly"), encoder)
     detail = f"{count / together:.0f} a second, {count / singly:.0f} one by one"
     bench.at_most(f"filling the cache with {encoder}: in batches / one by one", together / singly, 0.6, detail)
+
+
+def seconds_alone(plan: RunPlan) -> float:
+    """Encode what is missing from loaded images with loaded encoders, in the same batches, and keep nothing."""
+    family, seconds = load_family(plan.model.facts.name), 0.0
+    for part in plan.encodings.encoders:
+        samples = [
+            load_columns(plan, part.encoder, plan.data.samples.samples[ref.sample], ref.choice) for ref in part.missing
+        ]
+        components = load_tokenizers(plan.model, family, part.encoder.component)
+        components[part.encoder.component] = load_planned(
+            plan.model, family, part.encoder.component, torch.float32, torch.device("cpu"), SilentReporter()
+        )
+        batches = EncodingBatches[int].of(family, part.encoder, components)
+        started = time.perf_counter()
+        with torch.no_grad():
+            for index, sample in enumerate(samples):
+                batches.add(index, family.tokenize(part.encoder, components, sample))
+            list(batches.rest())
+        seconds += time.perf_counter() - started
+    return seconds
+
+
+@pytest.mark.usefixtures("single_thread")
+@pytest.mark.parametrize(("side", "limit"), [(64, 1.4), (128, 1.1)])
+def test_encoding_takes_about_the_time_of_the_encoders(side, limit, tiny_models, tmp_path, bench):
+    """The VAE takes some 10 ms for a small image and 50 ms for a larger one; those of the recipes take longer."""
+    count = bench.size(2000, 20)
+    plan = planned(tiny_models, write_images(tmp_path / "images", count, side), tmp_path)
+    alone = seconds_alone(plan)
+    filling = sum(seconds_to_fill(plan, part.encoder.name) for part in plan.encodings.encoders)
+    detail = f"encoders alone {alone / count * 1000:.1f} ms an image with its caption"
+    bench.at_most(f"encoding {count:,} images of {side} px / encoders alone", filling / alone, limit, detail)
 
 
 @pytest.mark.usefixtures("single_thread")

@@ -1,8 +1,9 @@
 """Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ def _encode(
 
         def store(encodings: Iterable[tuple[EncodingRef, Encoded]]) -> None:
             for ref, encoded in encodings:
-                named = plan.data.samples.samples[ref.sample]
-                check_encoded(encoded, part.encoder.component, named.name, named.files, hashes)
-                writer.write(part.keys[ref], encoded)
+                sample = plan.data.samples.samples[ref.sample]
+                check = partial(check_encoded, encoded, part.encoder.component, sample.name, sample.files, hashes)
+                writer.write(part.keys[ref], encoded, check)
                 task.advance()
 
         try:
@@ -173,7 +174,7 @@ def _encode(
 
 
 class _Writer:
-    """Writes entries in threads: encoding need not wait until the disk has each of them.
+    """Checks and writes entries in threads: encoding waits neither for the device nor for the disk.
 
     Leaving the block waits for all, and raises what went wrong with one; then no power failure takes them.
     """
@@ -183,17 +184,20 @@ class _Writer:
         self._writes: deque[Future[None]] = deque()
         self._folders: set[Path] = set()
 
-    def write(self, key: str, encoded: Encoded) -> None:
-        """Write an entry, after one of those before it if there are many.
+    def write(self, key: str, encoded: Encoded, check: Callable[[], None]) -> None:
+        """Write an entry that passes a check, after one of those before it if there are many.
 
         Raises:
-            DiffSynthError: if one of those before it cannot be written.
+            DiffSynthError: if one of those before it does not pass, or cannot be written.
         """
         if len(self._writes) == WRITING_THREADS:
             self._writes.popleft().result()
-        in_host_memory = {name: tensor.cpu() for name, tensor in encoded.items()}
         self._folders.add(self._cache.path(key).parent)
-        self._writes.append(self._pool.submit(self._cache.write, key, in_host_memory))
+        self._writes.append(self._pool.submit(self._write, key, encoded, check))
+
+    def _write(self, key: str, encoded: Encoded, check: Callable[[], None]) -> None:
+        check()
+        self._cache.write(key, {name: tensor.cpu() for name, tensor in encoded.items()})
 
     def __enter__(self) -> "_Writer":
         return self
