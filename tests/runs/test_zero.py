@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.runs.test_processes import launch, train_here
+from tests.runs.engines import difference, train_in_processes
+from tests.runs.test_processes import ACCUMULATING, COMMON, launch, train_here
 
 CLUSTER = {
     "compute_environment": "LOCAL_MACHINE",
@@ -149,3 +151,33 @@ def test_a_documented_launch_writes_the_checkpoint_of_one_process(
     assert reported.count("Checkpoint  ") == 1, "one process tells"
     assert "Warning" not in errors, errors
     check_same(folder / name / "epoch-0.safetensors", alone(recipe))
+
+
+CONTINUED = [
+    pytest.param("zero2", id="zero2"),
+    pytest.param("zero3 offload", id="zero3 offload", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", CONTINUED)
+def test_a_run_continues_from_one_process_in_two_and_back(recipe_models, flags, folder, monkeypatch, engine):
+    """Its weights and optimizer are those of a run that never stopped."""
+    monkeypatch.chdir(folder)
+    models, name = recipe_models(LORA, FULL), f"continued-{engine.replace(' ', '-')}"
+    alone, output = folder / f"whole-{name}", folder / name
+
+    def steps(name: str, count: int, *more: str) -> list[str]:
+        return [*flags(FULL, name), "--dataset_repeat", "3", "--max_steps", str(count), "--save_steps", "2", *more]
+
+    train_here([*steps(alone.name, 6), *ACCUMULATING], models)
+    train_here([*steps(name, 2), *ACCUMULATING], models)
+    train_in_processes(engine, {output: [*COMMON, *steps(name, 4, "--resume", "auto")]}, folder, models)
+    train_here([*steps(name, 6, "--resume", "auto"), *ACCUMULATING], models)
+    losses, weights = difference(alone, output)
+    print(f"{engine} between one process and one: losses off by {losses:.1e}, weights by {weights:.1e}")
+    assert losses < 1e-5 and weights < 1e-5
+    for file in ("trained.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(run / "state" / "step-6" / file) for run in (output, alone))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(tensor, theirs[key], atol=1e-5) for key, tensor in ours.items())
