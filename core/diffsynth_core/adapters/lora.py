@@ -232,13 +232,14 @@ def load_lora(
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
         for module, rank in ranks.items():
             a, parts = targets[module]
+            a, parts = whole(a), {name: whole(part) for name, part in parts.items()}
             if rank > a.shape[0]:
                 raise DiffSynthError(
                     f"`{path}` has rank {rank} at `{module}`, but the run uses rank {a.shape[0]}",
                     f"pass `--lora_rank {max(ranks.values())}`",
                 )
             delta = module_delta(lora.modules[module], stream)
-            for name, matrix in _filled(whole(a), parts, delta, module, public_keys).items():
+            for name, matrix in _filled(a, parts, delta, module, public_keys).items():
                 place(model, name, matrix)
     if not filled:
         raise DiffSynthError(
@@ -284,8 +285,8 @@ def _filled(
 
 
 def _weight_shape(module: Any) -> tuple[int, ...]:
-    """Return the shape of a module's weight; that of a `StoredLinear` is not widened for it."""
-    return (module.out_features, module.in_features) if isinstance(module, StoredLinear) else tuple(module.weight.shape)
+    """Return the shape of a module's weight, which is not widened for it, nor gathered if it is a part of that."""
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)
 
 
 def _weight_shapes(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[int, ...]]:
