@@ -61,6 +61,7 @@ CHANGES = {
     "8-bit floats": ("lora", ("--fp8_models", QWEN_DIT)),
     "int8": ("lora", ("--quant_options", f"{QWEN_DIT}:int8")),
     "nf4": ("lora", ("--quant_options", f"{QWEN_DIT}:nf4")),
+    "activations on the host": ("lora", ("--use_gradient_checkpointing_offload",)),
     "nested checkpoints": ("lora", ("--checkpointing", "nested")),
     "every second block kept": ("lora", ("--checkpointing", "keep_every_2")),
     "no checkpointing": ("full", ("--no-use_gradient_checkpointing",)),

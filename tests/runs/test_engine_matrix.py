@@ -21,7 +21,7 @@ Case = tuple[str, str, tuple[str, ...]]
 """Family, task, and further flags."""
 CASES: list[Case] = [(family, task, ()) for family in RECIPES for task in TASKS]
 OTHERS: list[Case] = [("qwen-image", task, flags) for task, flags in CHANGES.values()]
-FSDP2 = [engine for engine in ENGINES if engine.startswith("fsdp2")]
+OF_EACH_KIND = ("fsdp2", "fsdp2 offload", "zero2", "zero3 offload")
 
 
 @dataclass
@@ -78,7 +78,7 @@ GROUPS = [
     for name, cases, engines, quick in (
         ("qwen-image", CASES[:2], ENGINES, True),
         ("others", CASES[2:], ENGINES, False),
-        ("changes", OTHERS, FSDP2, False),
+        ("changes", OTHERS, OF_EACH_KIND, False),
     )
     for engine in engines
 ]
@@ -97,7 +97,7 @@ def test_an_engine_trains_what_one_process_does(place, engine, cases):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", FSDP2)
+@pytest.mark.parametrize("engine", OF_EACH_KIND)
 def test_a_run_goes_on_in_one_process_and_in_two_again(place, engine):
     """Of nine steps, three each; the losses are those of a run that never stopped."""
     more = ("--dataset_repeat", "6", "--save_steps", "3")

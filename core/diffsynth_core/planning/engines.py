@@ -61,6 +61,7 @@ class EngineChoice:
         offload_weights: whether what a process holds of the weights is in host memory between its uses.
         reshards: whether weights are divided again after the forward pass, and gathered once more for the backward
             pass; only of engines that divide weights.
+        max_grad_norm: at which its configuration clips gradients; None: it does not say.
         problems: why it cannot be used, whatever the run.
     """
 
@@ -68,6 +69,7 @@ class EngineChoice:
     offload_optimizer: bool = False
     offload_weights: bool = False
     reshards: bool = True
+    max_grad_norm: float | None = None
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -122,6 +124,7 @@ def engine_of_environment(environment: Mapping[str, str]) -> EngineChoice:
             name.removeprefix(prefix).lower(): value for name, value in environment.items() if name.startswith(prefix)
         }
         renamed = {"config_file": "deepspeed_config_file"}
+        found["gradient_clipping"] = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
         return _deepspeed({renamed.get(name, name): value for name, value in found.items()}, "the launcher")
     return REPLICATED
 
@@ -153,7 +156,7 @@ def _deepspeed(settings: Mapping[str, Any], source: str) -> EngineChoice:
         return _deepspeed_file(Path(str(path)))
     devices = {kind: str(settings.get(f"offload_{kind}_device") or "none").lower() for kind in ("optimizer", "param")}
     # The stage that accelerate takes without one (`DeepSpeedPlugin` in accelerate/utils/dataclasses.py).
-    return _zero(settings.get("zero_stage", 2), devices, source)
+    return _zero(settings.get("zero_stage", 2), devices, settings, source)
 
 
 def _deepspeed_file(path: Path) -> EngineChoice:
@@ -166,11 +169,16 @@ def _deepspeed_file(path: Path) -> EngineChoice:
             f"cannot read the DeepSpeed configuration `{path}`: {error}", "check the file", wrong_use=True
         )
         return EngineChoice(problems=(problem,))
-    return _zero(zero.get("stage", 0), devices, str(path))
+    return _zero(zero.get("stage", 0), devices, settings, f"`{path}`")
 
 
-def _zero(stage: Any, devices: Mapping[str, str], source: str) -> EngineChoice:
-    """Return the engine of a stage of DeepSpeed ZeRO; devices: where `optimizer` and `param` are offloaded to."""
+def _zero(stage: Any, devices: Mapping[str, str], settings: Mapping[str, Any], source: str) -> EngineChoice:
+    """Return the engine of a stage of DeepSpeed ZeRO.
+
+    Args:
+        devices: where `optimizer` and `param` are offloaded to.
+        settings: of DeepSpeed beside the stage.
+    """
     choice = {"1": "zero1", "2": "zero2", "3": "zero3"}.get(str(stage))
     problems = []
     if choice is None:
@@ -180,10 +188,16 @@ def _zero(stage: Any, devices: Mapping[str, str], source: str) -> EngineChoice:
         if device not in ("none", "cpu"):
             what = f"{source} offloads to {device}, which is not supported"
             problems.append(Problem(what, "offload to cpu, or not at all", wrong_use=True))
+    for name, parameter in (("optimizer", "optimizer"), ("scheduler", "lr_scheduler")):
+        if name in settings:
+            what = f"{source} sets DeepSpeed's `{name}`, which is a parameter of the run here"
+            problems.append(Problem(what, f"remove it, and pass `--{parameter}`", wrong_use=True))
+    clipping = settings.get("gradient_clipping")
     return EngineChoice(
         name=choice or "replicated",  # type: ignore[arg-type]
         offload_optimizer=devices["optimizer"] == "cpu",
         offload_weights=devices["param"] == "cpu" and choice == "zero3",  # below, weights are not divided
+        max_grad_norm=None if clipping in (None, "none", "auto") else float(clipping),
         problems=tuple(problems),
     )
 
@@ -272,6 +286,11 @@ def engine_problems(
 ) -> Iterator[Problem]:
     """Yield why a run cannot train with its engine."""
     yield from engine.problems
+    if engine.max_grad_norm not in (None, parameters.max_grad_norm or 0.0):
+        what = f"`gradient_clipping` of the launcher is {engine.max_grad_norm}, but `max_grad_norm` {{}}"
+        asked = "is not set" if parameters.max_grad_norm is None else f"is {parameters.max_grad_norm}"
+        hint = f"remove the one, or pass `--max_grad_norm {engine.max_grad_norm}`"
+        yield Problem(what.format(asked), hint, wrong_use=True)
     if engine.spec.package:
         yield from missing_package(engine.spec.title, engine.spec.package)
     for row in EXCLUSIONS:

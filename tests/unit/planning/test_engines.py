@@ -31,7 +31,7 @@ CONFIGURATIONS = {
         "distributed_type": "FSDP",
         "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False},
     },
-    "zero1": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}},
+    "zero1": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1, "gradient_clipping": 0.5}},
     "zero2 offload": {
         "distributed_type": "DEEPSPEED",
         "deepspeed_config": {"zero_stage": 2, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
@@ -46,7 +46,7 @@ CHOICES = {
     "fsdp2": EngineChoice(name="fsdp2"),
     "fsdp2 offload": EngineChoice(name="fsdp2", offload_optimizer=True, offload_weights=True),
     "fsdp2 whole weights": EngineChoice(name="fsdp2", reshards=False),
-    "zero1": EngineChoice(name="zero1"),
+    "zero1": EngineChoice(name="zero1", max_grad_norm=0.5),
     # the reference's own files offload weights in stage 2 as well, where they are not divided
     "zero2 offload": EngineChoice(name="zero2", offload_optimizer=True),
     "zero3 offload": EngineChoice(name="zero3", offload_weights=True),
@@ -104,13 +104,15 @@ def test_what_no_engine_here_does_is_a_problem(settings, what):
     assert what in problem.message and problem.hint and problem.wrong_use
 
 
-def problems_of(name: EngineName, flags: dict[str, object]) -> list[Problem]:
+def problems_of(name: EngineName, flags: dict[str, object], **more: object) -> list[Problem]:
     """Why a run with these parameters cannot train with an engine."""
     parameters = Parameters.model_validate(flags)
     with collect_problems() as problems:
         optimizer = choose_optimizer(parameters, DEFAULT, frozenset())
     assert not problems
-    return list(engine_problems(parameters, optimizer, parameters.mixed_precision or "no", EngineChoice(name=name)))
+    return list(
+        engine_problems(parameters, optimizer, parameters.mixed_precision or "no", EngineChoice(name=name, **more))
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "replicated"])
@@ -140,6 +142,20 @@ def test_what_deepspeed_alone_cannot_train_with_is_refused(name, flags, what):
     (problem,) = problems_of(name, flags)
     assert what in problem.message and problem.wrong_use
     assert not problems_of(name, {})
+
+
+def test_a_configuration_that_clips_otherwise_than_the_run_is_refused():
+    (problem,) = problems_of("zero2", {"max_grad_norm": 0.5}, max_grad_norm=1.0)
+    assert "is 1.0, but `max_grad_norm` is 0.5" in problem.message and problem.wrong_use
+    assert not problems_of("zero2", {"max_grad_norm": 1.0}, max_grad_norm=1.0)
+
+
+def test_an_optimizer_of_deepspeed_is_refused(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}))
+    settings = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(path)}}
+    (problem,) = engine_of_configuration(settings, "x").problems
+    assert "`optimizer`" in problem.message and problem.wrong_use
 
 
 def test_deepspeed_that_is_not_installed_is_a_problem_with_the_command_that_installs_it(monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -63,8 +64,11 @@ class ZeroEngine(Engine):
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
         self._trained: dict[str, nn.Parameter] = model.trained()
-        # Mixed precision alone, within the module: DeepSpeed turns autocast off around it.
-        module = self._accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        for part in model.modules():  # in host memory where the weights are offloaded
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(self._accelerator.device))
+        # A cache would keep copies of gathered weights that DeepSpeed frees.
+        module = _UnderAutocast(model, self._accelerator, AutocastKwargs(cache_enabled=self._stage < 3))
         self._optimizer = make_optimizer(self._trained)
         self._settings["zero_optimization"]["reduce_bucket_size"] = min(
             self._settings["zero_optimization"]["reduce_bucket_size"],
@@ -218,6 +222,20 @@ class ZeroEngine(Engine):
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
+
+
+class _UnderAutocast(nn.Module):
+    """A module with mixed precision within it: DeepSpeed turns autocast off around its modules."""
+
+    def __init__(self, module: nn.Module, accelerator: Accelerator, autocast: AutocastKwargs) -> None:
+        super().__init__()
+        self.module = module
+        self._autocast = partial(accelerator.autocast, autocast)
+
+    def forward(self, micro_batch: MicroBatch) -> Tensor:
+        with self._autocast():
+            losses: Tensor = self.module(micro_batch)
+        return losses
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
