@@ -24,6 +24,7 @@ VALUES = {
     "number pair": "0.9,0.99",
     "arguments": "fused=true",
     "quant options": "a:b:nf4",
+    "split": "0.25",
     "json list": '["a", ["b"]]',
 }
 

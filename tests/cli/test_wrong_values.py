@@ -13,7 +13,8 @@ GIVEN_AS_FLAGS = {"max_steps", "device", "dataset_base_path", "dataset_num_worke
 TAKE_MAPPINGS = {name for name, setting in SETTINGS.items() if setting.type_name in ("arguments", "quant options")}
 IN_FILES = [name for name in SETTINGS if name not in NOT_IN_RECIPES | GIVEN_AS_FLAGS | TAKE_MAPPINGS]
 ON_COMMAND_LINES = {"int": "many", "float": "fast", "memory": "24", "json list": "{", "path": "", "number pair": "0.9",
-                    "arguments": "fused", "quant options": "nf4", "blocks": "all", "duration": "90"}  # fmt: skip
+                    "arguments": "fused", "quant options": "nf4", "blocks": "all", "duration": "90",
+                    "split": ""}  # fmt: skip
 """Type -> a string that no flag of that type accepts; strings and lists of strings accept any."""
 
 

@@ -136,6 +136,13 @@ def test_a_file_names_samples_of_the_datasets_folder(train, tmp_path, monkeypatc
     assert {indices for epoch, indices in drawn if epoch != -1} == {range(1000)}
 
 
+def test_two_stages_hold_out_what_one_does(train):
+    share = ("--validation_split", 0.25, "--max_steps", 1)
+    train("encoded", *share, "--task", "sft:data_process")
+    two = train("two", *share, "--dataset_base_path", "encoded", "--task", "sft:train")
+    assert lines(two) == lines(train("one", *share)) and len(lines(two)) == 2
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does_to_the_bit(train, others):
     """Of three samples, the second process gets one and a stand-in that does not count."""

@@ -60,11 +60,11 @@ class MicroBatches(Dataset[MicroBatch]):
     Encodings that were read stay in memory, up to a limit: those of a small dataset are read and verified once.
     """
 
-    def __init__(self, plan: RunPlan, room: int = KEPT_ENCODINGS) -> None:
-        """`room`: limit in bytes."""
+    def __init__(self, plan: RunPlan, room: int | None = None) -> None:
+        """`room`: limit in bytes; default: `KEPT_ENCODINGS`."""
         self._plan = plan
         self._kept: dict[str, Encoded] = {}
-        self._room = room // max(1, plan.parameters.dataset_num_workers)
+        self._room = (KEPT_ENCODINGS if room is None else room) // max(1, plan.parameters.dataset_num_workers)
 
     def __getitem__(self, index: _BatchIndex) -> MicroBatch:
         refs = self._plan.data.steps.batches.batch(index.epoch, index.number)

@@ -15,7 +15,7 @@ from diffsynth_core.progress import SilentReporter
 OTHER_VALUES: dict[str, Any] = {
     "int": 512, "float": 0.25, "path": "other", "str": "other", "comma list": "other", "memory": "12GB",
     "json list": '["other"]', "number pair": "0.9,0.99",
-    "arguments": "fused=true", "quant options": "a:b:nf4", "blocks": 3, "duration": "90m",
+    "arguments": "fused=true", "quant options": "a:b:nf4", "blocks": 3, "duration": "90m", "split": "0.25",
 }  # fmt: skip
 NUMBERS = ("learning_rate", "seed", "lora_rank", "zero_cond_t", "lr_scheduler", "height", "task", "extra_inputs")
 FREE = (
