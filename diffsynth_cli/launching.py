@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ import psutil
 from diffsynth_cli import REPORTS, ranks
 from diffsynth_cli.errors import Ending
 from diffsynth_cli.printing import echo
+from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
@@ -30,8 +31,6 @@ LAUNCHERS = (LAUNCHER[-1], "accelerate.commands.launch")
 """Modules that start processes: our launcher and the one it builds on."""
 STARTED_ALONE = ("NO", "MULTI_CPU")
 """Values of `distributed_type` in an accelerate configuration for which its launcher starts a single process."""
-UNCONFIGURED = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-"""Defaults that the launcher would use, with a warning, without a configuration; the plan decides the precision."""
 
 
 def world_size() -> int:
@@ -108,26 +107,103 @@ def default_config() -> Path:
     return Path(home) / "accelerate" / "default_config.yaml"
 
 
-def launch_asked(num_processes: int | None, accelerate_config: str | None) -> tuple[int, EngineChoice]:
-    """The number of processes requested by the flags, and their engine; one process without flags, whatever the user's
-    default configuration states.
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The processes of a run and the engine that distributes its steps over them, as the parameters ask.
 
-    Raises:
-        DiffSynthError: if the configuration is missing.
+    `processes`: on all machines. `config`: the accelerate configuration; `is_asked`: by a parameter. `problems`: why
+    the processes cannot be started, or would not find each other.
     """
-    if not accelerate_config and num_processes in (None, 1):
-        return 1, REPLICATED
-    path = find_config(accelerate_config)
-    settings = read_yaml(path) if path else {}
-    return num_processes or int(settings.get("num_processes", 1)), engine_of_configuration(settings, str(path))
+
+    processes: int = 1
+    machines: int = 1
+    machine_rank: int = 0
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
+    config: Path | None = None
+    is_asked: bool = False
+    engine: EngineChoice = REPLICATED
+    distributed_type: str = "NO"
+    problems: tuple[Problem, ...] = ()
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> "Launch":
+        """One process without parameters about it, whatever the user's default configuration states. Parameters take
+        precedence over the configuration.
+
+        Raises:
+            DiffSynthError: if the configuration is missing.
+        """
+        machines = parameters.num_machines
+        if not parameters.accelerate_config and parameters.num_processes in (None, 1) and machines in (None, 1):
+            return cls(problems=tuple(_without_machines(parameters)))
+        path = find_config(parameters.accelerate_config)
+        settings = read_yaml(path) if path else {}
+
+        def asked(name: str, default: Any = None) -> Any:
+            value = getattr(parameters, name)
+            return settings.get(name) or default if value is None else value
+
+        launch = cls(
+            processes=int(asked("num_processes", 1)),
+            machines=int(asked("num_machines", 1)),
+            machine_rank=int(asked("machine_rank", 0)),
+            main_process_ip=asked("main_process_ip"),
+            main_process_port=asked("main_process_port"),
+            config=path,
+            is_asked=parameters.accelerate_config is not None,
+            engine=engine_of_configuration(settings, str(path)),
+            distributed_type=str(settings.get("distributed_type") or "NO"),
+        )
+        found = _without_machines(parameters) if launch.machines == 1 else launch._of_machines()
+        return replace(launch, problems=tuple(found))
+
+    def _of_machines(self) -> Iterator[Problem]:
+        """Why several machines cannot train together."""
+        missing = [name for name in ("main_process_ip", "main_process_port") if getattr(self, name) is None]
+        if missing:
+            what = f"{self.machines} machines need {' and '.join(f'`{name}`' for name in missing)} to find each other"
+            hint = "pass the address and a free port of machine 0, the same on all machines"
+            yield Problem(what, hint, wrong_use=True)
+        if self.machine_rank >= self.machines:
+            what = f"`machine_rank` is {self.machine_rank}, but {self.machines} machines have the ranks 0 to {self.machines - 1}"
+            yield Problem(what, "pass the rank of this machine", wrong_use=True)
+        if self.processes % self.machines:
+            what = f"`num_processes` {self.processes} is not a multiple of {self.machines} machines"
+            yield Problem(what, "pass the total number, the same share of it for each machine", wrong_use=True)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether this process has to start the training processes: several, or one with an explicit configuration."""
+        return not is_launched() and (self.processes > 1 or self.is_asked)
+
+    @property
+    def words(self) -> list[str]:
+        """Options of accelerate's launcher."""
+        options = ["--num_processes", str(self.processes)]
+        if self.config:
+            options += ["--config_file", str(self.config)]
+        else:  # what the launcher would use by default, with a warning; the plan decides the precision
+            options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        options += ["--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank)]
+        # `--multi_gpu` means several processes of any kind; without it, the launcher silently starts one.
+        options += ["--multi_gpu"] if self.distributed_type in STARTED_ALONE and self.processes > 1 else []
+        if self.main_process_ip and self.machines > 1:
+            options += ["--main_process_ip", self.main_process_ip]
+        # a free port, so that runs on one machine do not collide
+        port = self.main_process_port or (0 if self.machines == 1 else None)
+        return options if port is None else [*options, "--main_process_port", str(port)]
 
 
-def needs_launch(processes: int, accelerate_config: str | None) -> bool:
-    """Whether this process has to start the training processes: several, or one with an explicit configuration."""
-    return not is_launched() and (processes > 1 or accelerate_config is not None)
+def _without_machines(parameters: Parameters) -> Iterator[Problem]:
+    """The problems of parameters that mean nothing with one machine."""
+    for name in ("machine_rank", "main_process_ip"):
+        if getattr(parameters, name):
+            what = f"`{name}` is set, but one machine trains"
+            yield Problem(what, "pass `--num_machines` too, or remove it", wrong_use=True)
 
 
-def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | None, device: str) -> int:
+def launch(flags: Mapping[str, Any], asked: Launch, device: str) -> int:
     """Run the same command in several processes, report how they ended, and return the exit code.
 
     Signals to this process are forwarded to the training processes, which save and end; the launcher itself would give
@@ -139,23 +215,16 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
     import torch
 
     environment = dict(os.environ)
-    config = find_config(accelerate_config)
-    configured = read_yaml(config) if config else {}
-    machines = int(configured.get("num_machines") or 1)
+    here = asked.processes // asked.machines
     if device == "cpu":
         environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    elif torch.accelerator.device_count() < processes // machines:
+    elif torch.accelerator.device_count() < here:
         there = torch.accelerator.device_count()
         raise DiffSynthError(
-            f"{processes // machines} processes on this machine need as many GPUs, but {there} are available",
-            f"request {there * machines} in total",
+            f"{here} processes on this machine need as many GPUs, but {there} are available",
+            f"request {there * asked.machines} in total",
         )
-    options = ["--num_processes", str(processes), *(["--config_file", str(config)] if config else UNCONFIGURED)]
-    # `--multi_gpu` means several processes of any kind; without it, the launcher silently starts one.
-    options += ["--multi_gpu"] if configured.get("distributed_type", "NO") in STARTED_ALONE and processes > 1 else []
-    # a free port, so that runs on one machine do not collide
-    options += ["--main_process_port", "0"] if machines == 1 and not configured.get("main_process_port") else []
-    command = [*LAUNCHER, *options, "-m", "diffsynth_cli", "train", *as_words(flags)]
+    command = [*LAUNCHER, *asked.words, "-m", "diffsynth_cli", "train", *as_words(flags)]
     with TemporaryDirectory(prefix="diffsynth-") as folder:
         reports = Path(folder)
         environment[REPORTS] = folder

@@ -61,6 +61,8 @@ def in_company() -> Iterator[None]:
         raise
     except (RuntimeError, OSError) as error:  # what a collective raises when its connections break
         lost = peers.wait_for_loss()
+        if not lost and peers.are_elsewhere and _is_of_connection(error):
+            raise PeerLost("a process on another machine has died", "continue with `--resume auto`") from error
         if not lost:
             raise
         raise PeerLost(f"{_name(lost[0], peers.world_size)} has died", "continue with `--resume auto`") from error
@@ -78,6 +80,11 @@ class _Peers:
         self._done = threading.Event()
         if self._count > 0:
             threading.Thread(target=self._watch, name="watch peers", daemon=True).start()
+
+    @property
+    def are_elsewhere(self) -> bool:
+        """Whether some of the processes run on other machines, where nobody here sees them die."""
+        return self.world_size > self._count + 1
 
     def wait_for_loss(self) -> list[int]:
         """The ranks that have died; none if all stay alive for a while."""
@@ -103,6 +110,11 @@ class _Peers:
         if len(self._known) < self._count:
             self._known |= _started_beside_us()
         return [rank for rank, process in self._known.items() if not _is_alive(process)]
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Whether a collective failed because a process at the other end of a connection is gone. Only messages tell."""
+    return any(word in str(error) for word in ("gloo", "NCCL", "TCPStore", "Connection"))
 
 
 def _started_beside_us() -> dict[int, psutil.Process]:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import typer
 from diffsynth_cli import REPORTS, launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.errors import exit_code_of, lines_for_log, sentence_of
+from diffsynth_cli.launching import Launch
 from diffsynth_cli.printing import echo, echo_line, echo_styled
 from diffsynth_cli.ranks import in_company
 from diffsynth_cli.streams import stdout_as_messages
@@ -58,16 +60,17 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     try:
         if launching.is_launched():
             launching.check_world_size(first.num_processes)
-            world_size, engine = launching.world_size(), engine_of_environment(os.environ)
+            launch = launching.Launch(processes=launching.world_size(), engine=engine_of_environment(os.environ))
         else:
-            world_size, engine = launching.launch_asked(first.num_processes, first.accelerate_config)
-        session = Session(stages, reporter, world_size, engine)
+            launch = launching.Launch.of(first)
+        stages = [replace(stage, problems=(*stage.problems, *launch.problems)) for stage in stages]
+        session = Session(stages, reporter, launch.processes, launch.engine)
         if first.dry_run:
             return _show_plans(session, reporter)
         if launching.is_launched():
             launching.check_launched()
         with stdout_as_messages(), in_company():
-            return (_rehearse if first.rehearse else _train)(session, flags, reporter)
+            return _rehearse(session, flags, reporter) if first.rehearse else _train(session, flags, reporter, launch)
     except BaseException as error:
         for line in lines_for_log(error):
             reporter.keep(line)
@@ -138,7 +141,7 @@ def _echo(line: str) -> None:
     echo_line(text)
 
 
-def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -> int:
+def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter, launch: Launch) -> int:
     from diffsynth_core.stop import listen_for_stop
 
     # The process that downloads reports it, whichever rank it has.
@@ -153,10 +156,9 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
     if not plans:
         return 0
     first = next(iter(plans.values()))
-    accelerate_config = first.parameters.accelerate_config
-    if launching.needs_launch(session.world_size, accelerate_config):
+    if launch.is_needed:
         session.check_machine(plans)  # without a launcher, `Session.train` does
-        return launching.launch(_with_fitted(flags, plans), session.world_size, accelerate_config, first.machine.device)
+        return launching.launch(_with_fitted(flags, plans), launch, first.machine.device)
 
     def announce(stage: str | None, plan: "RunPlan") -> None:
         if plan is not first:

@@ -96,10 +96,21 @@ def restore_state(
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     weights, moments = read_state(state, loop_state, shapes, len(optimizer.param_groups))
+    put_back(trained, optimizer, weights, moments, loop_state.optimizer)
+
+
+def put_back(
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    values: OptimizerValues,
+) -> None:
+    """Set whole parameters and their optimizer, in place, to what a state holds; accesses each tensor once."""
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    restore_optimizer(trained, optimizer, moments, loop_state.optimizer)
+    restore_optimizer(trained, optimizer, moments, values)
 
 
 def read_state(

@@ -485,7 +485,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "int",
-        "Number of training processes, one per GPU, started with accelerate's launcher; when launched externally: the expected world size; default: one process, or the world size of the external launcher",
+        "Number of training processes on all machines, one per GPU, started with accelerate's launcher; when launched externally: the expected world size; default: one process, or the world size of the external launcher",
         changes="numbers",
         compared="micro_batches",
         unit="processes",
@@ -499,6 +499,47 @@ class Parameters(BaseModel):
         "Configuration for accelerate's launcher: a preset (ddp, fsdp2, fsdp2offload, zero2, zero2offload, zero3) or a file; default: the one written by `accelerate config`, if any",
         changes="speed",
         documented=False,
+    )
+    num_machines: Integer | None = _setting(
+        None,
+        "run",
+        "int",
+        "Number of machines that train together, on each of which the command is started; each runs its share of `num_processes`; default: one, or that of the accelerate configuration",
+        changes="speed",
+        unit="machines",
+        documented=False,
+        in_recipes=False,
+        ge=1,
+    )
+    machine_rank: Integer | None = _setting(
+        None,
+        "run",
+        "int",
+        "Number of this machine, from 0; the one with 0 saves",
+        changes="speed",
+        documented=False,
+        in_recipes=False,
+        ge=0,
+    )
+    main_process_ip: str | None = _setting(
+        None,
+        "run",
+        "str",
+        "Address or name of machine 0, as the other machines reach it",
+        changes="speed",
+        documented=False,
+        in_recipes=False,
+    )
+    main_process_port: Integer | None = _setting(
+        None,
+        "run",
+        "int",
+        "Port of machine 0 where the processes meet, the same on all machines; default: a free one with one machine",
+        changes="speed",
+        documented=False,
+        in_recipes=False,
+        ge=1,
+        le=65535,
     )
 
     # dataset

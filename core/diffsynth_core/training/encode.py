@@ -28,6 +28,7 @@ from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.loading import load_for_run
+from diffsynth_core.training.machines import share_of_samples
 from diffsynth_core.training.workers import iterate
 
 WRITING_THREADS = 8
@@ -69,7 +70,7 @@ def fill_cache(
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
-    """Encode the samples that are missing in the cache, distributed over the processes.
+    """Encode the samples that are missing in the cache, distributed over the processes that share it.
 
     Raises:
         DiffSynthError: if an image or video cannot be decoded, or an entry cannot be written.
@@ -86,8 +87,9 @@ def fill_cache(
                 f"{verb(len(part.damaged), 'is', 'are')} damaged and will be encoded again; the first is `{first}`"
             )
     late = torch.zeros((), device=accelerator.device)
+    share = share_of_samples(plan, accelerator, reporter)
     try:
-        _encode_missing(plan, family, accelerator, reporter, stop)
+        _encode_missing(plan, family, accelerator, share, reporter, stop)
     except OutOfTime:
         late += 1
     # Processes that have encoded their share wait here for the others, whose time may be over before.
@@ -96,9 +98,15 @@ def fill_cache(
 
 
 def _encode_missing(
-    plan: RunPlan, family: Family, accelerator: Accelerator, reporter: Reporter, stop: StopRequest
+    plan: RunPlan,
+    family: Family,
+    accelerator: Accelerator,
+    share: tuple[int, int],
+    reporter: Reporter,
+    stop: StopRequest,
 ) -> None:
-    """Encode this process's share of the missing samples."""
+    """Encode the missing samples of a share, given as which of how many."""
+    number, shares = share
     for component in plan.encodings.components_to_load:
         stop.raise_if_set()
         stop.raise_if_out_of_time()
@@ -110,10 +118,8 @@ def _encode_missing(
         )
         for part in plan.encodings.encoders:
             if part.encoder.component == component:
-                share = [
-                    ref for ref in part.missing if ref.sample % accelerator.num_processes == accelerator.process_index
-                ]
-                _encode(plan, part, family, components, share, hash_cache(plan.output.cache), reporter, stop)
+                refs = [ref for ref in part.missing if ref.sample % shares == number]
+                _encode(plan, part, family, components, refs, hash_cache(plan.output.cache), reporter, stop)
         del components
         free_device_memory(accelerator.device)
 

@@ -52,6 +52,7 @@ from diffsynth_core.training.engines import make_engine
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.forecast import ForecastObserver, time_in_words
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
+from diffsynth_core.training.machines import with_start_of_first
 from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import (
     MetricsObserver,
@@ -134,6 +135,7 @@ def _open_run(
         raise DiffSynthError(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
+    plan = with_start_of_first(plan, accelerator)
     plan, model, engine = load_for_steps(plan, accelerator, reporter, stop, open_engine)
     return Run(plan, model, accelerator, reporter, engine, observers, pace)
 

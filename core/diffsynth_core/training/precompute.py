@@ -32,6 +32,7 @@ from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.forecast import time_in_words
 from diffsynth_core.training.loop import make_accelerator
+from diffsynth_core.training.machines import local_world_size, sees_file_of_first
 
 
 def precompute(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
@@ -60,6 +61,11 @@ def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, sto
         number = len(plan.data.samples.samples)
         samples = f"All {number} samples are" if number > 1 else "The sample is"
         reporter.info(f"{samples} already encoded: no encoder is loaded")
+    if local_world_size(accelerator) < accelerator.num_processes and not sees_file_of_first(folder, accelerator):
+        raise DiffSynthError(
+            f"the machines do not share `{folder}`, into which all of them encode",
+            "pass an `--output_path` on a volume that all machines mount, or encode on one machine",
+        )
     # Each process checks the folder above before one of them writes into it.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -1,5 +1,6 @@
 """The command that launches several processes, without starting any."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +9,9 @@ import pytest
 from diffsynth_cli import launching, ranks, train_session
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.errors import Ending
+from diffsynth_cli.launching import Launch
+from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem
-from diffsynth_core.planning.engines import REPLICATED
 from diffsynth_core.session import Session
 from tests.naming import names
 
@@ -21,6 +23,10 @@ def home(tmp_path, monkeypatch):
     for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "hf" / "accelerate" / "default_config.yaml"
+
+
+def asked_for(**parameters: object) -> Launch:
+    return Launch.of(Parameters.model_validate(parameters))
 
 
 def write(path: Path, text: str) -> Path:
@@ -58,12 +64,12 @@ def test_an_unknown_configuration_is_told_with_the_nearest_preset(says):
     ("number", "config", "asked"), [(None, None, 1), (4, None, 4), (None, "ddp", 8), (2, "ddp", 2)]
 )
 def test_how_many_processes_are_asked_for(number, config, asked):
-    assert launching.launch_asked(number, config) == (asked, REPLICATED)
+    assert asked_for(num_processes=number, accelerate_config=config).processes == asked
 
 
 def test_a_configuration_is_looked_for_whatever_the_number(says):
     with pytest.raises(DiffSynthError) as caught:
-        launching.launch_asked(2, "dpp")
+        asked_for(num_processes=2, accelerate_config="dpp")
     says(caught.value.problems)
     assert str(caught.value) == names("accelerate configuration", "dpp")
 
@@ -71,25 +77,58 @@ def test_a_configuration_is_looked_for_whatever_the_number(says):
 @pytest.mark.parametrize(("config", "engine"), [("zero2", "zero2"), ("zero3", "zero3"), (None, "fsdp2")])
 def test_a_configuration_says_which_engine_distributes_the_steps(home, config, engine):
     write(home, "num_processes: 2\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\n")
-    assert launching.launch_asked(2, config)[1].name == engine
-    assert launching.launch_asked(1, None) == launching.launch_asked(None, None) == (1, REPLICATED)
+    assert asked_for(num_processes=2, accelerate_config=config).engine.name == engine
+    assert asked_for(num_processes=1) == asked_for() == Launch()
+
+
+MEETING = {"main_process_ip": "10.0.0.1", "main_process_port": 29500}
+
+
+def test_several_machines_each_start_their_share(home):
+    launch = asked_for(num_processes=8, num_machines=2, machine_rank=1, **MEETING)
+    words = " ".join(launch.words)
+    assert "--num_processes 8" in words and "--num_machines 2 --machine_rank 1 --multi_gpu" in words
+    assert words.endswith("--main_process_ip 10.0.0.1 --main_process_port 29500")
+    write(
+        home,
+        "num_processes: 8\nnum_machines: 2\nmachine_rank: 0\nmain_process_ip: 10.0.0.1\nmain_process_port: 29500\n",
+    )
+    assert replace(asked_for(num_processes=8, machine_rank=1), config=None) == launch, "flags take precedence"
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"main_process_ip": None}, names("2 machines", "main_process_ip")),
+        ({"main_process_port": None}, names("2 machines", "main_process_port")),
+        ({"machine_rank": 2}, names("machine_rank", "0 to 1")),
+        ({"num_processes": 3}, names("num_processes", "not a multiple of 2")),
+        ({"num_machines": None}, names("main_process_ip", "one machine")),
+        ({"num_machines": 1, "num_processes": None, "main_process_ip": None, "machine_rank": 1}, names("machine_rank")),
+    ],
+)  # fmt: skip
+def test_machines_that_would_not_find_each_other_are_refused(says, changed, problem):
+    launch = asked_for(**{"num_processes": 8, "num_machines": 2, **MEETING, **changed})
+    says(launch.problems)
+    assert [found.message for found in launch.problems] == [problem]
+    assert all(found.wrong_use and found.hint for found in launch.problems)
 
 
 @pytest.mark.parametrize(("number", "config", "launched"), [(1, None, False), (1, "ddp", True), (2, None, True)])
 def test_a_configuration_is_launched_with_even_for_one_process(monkeypatch, number, config, launched):
-    asked = []
-    parameters, task = SimpleNamespace(accelerate_config=config), SimpleNamespace(trains=False)
-    plan = SimpleNamespace(parameters=parameters, task=task, machine=SimpleNamespace(device="cpu"), fitted=())
+    started, launch = [], asked_for(num_processes=number, accelerate_config=config)
+    task = SimpleNamespace(trains=False)
+    plan = SimpleNamespace(parameters=None, task=task, machine=SimpleNamespace(device="cpu"), fitted=())
     session = Session((), world_size=number)
     monkeypatch.setattr(session, "plan", lambda: {None: plan})
-    monkeypatch.setattr(launching, "launch", lambda flags, *given: asked.append(given) or 0)
+    monkeypatch.setattr(launching, "launch", lambda flags, *given: started.append(given) or 0)
     monkeypatch.setattr(train_session, "_announce", lambda *_: pytest.exit("trains in this process"))
-    assert launching.needs_launch(number, config) == launched
+    assert launch.is_needed == launched
     if launched:
-        assert train_session._train(session, {}, ConsoleReporter(quiet=True)) == 0
-        assert asked == [(number, config, "cpu")]
+        assert train_session._train(session, {}, ConsoleReporter(quiet=True), launch) == 0
+        assert started == [(launch, "cpu")]
     monkeypatch.setenv("WORLD_SIZE", str(number))
-    assert not launching.needs_launch(number, config), "the launcher did it"
+    assert not launch.is_needed, "the launcher did it"
 
 
 def test_flags_become_the_same_words():

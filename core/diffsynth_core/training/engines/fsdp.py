@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from diffsynth_core.adapters.tensors import place
 from diffsynth_core.checkpoints.saved_states import SavedState
-from diffsynth_core.checkpoints.state import StateTensors, read_state, restore_optimizer, state_of
+from diffsynth_core.checkpoints.state import StateTensors, restore_optimizer, state_of
 from diffsynth_core.models.checkpointing import blocks_of
 from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.optimizers.names import UPDATE
@@ -20,6 +20,7 @@ from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.engines.gradients import norm_of
+from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.weights.writing import LazyStateDict
@@ -203,14 +204,16 @@ class ShardedEngine(Engine):
 
     def restore(self, saved: SavedState) -> None:
         shapes = {name: tuple(sharded.shape) for name, sharded in self._trained.items()}
-        weights, moments = read_state(saved.path, saved.loop_state, shapes, len(self._optimizer.param_groups))
+        weights, moments = read_and_send(saved, shapes, len(self._optimizer.param_groups), self._accelerator)
         with torch.no_grad():
             for name, own in self._own.items():
-                own.copy_(weights[name][self._rows(len(weights[name]))])
-        for key, moment in moments.items():
-            if moment.shape == shapes[key.rpartition("/")[0]]:
-                moments[key] = moment[self._rows(len(moment))]
-        restore_optimizer(self._own, self._optimizer, moments, saved.loop_state.optimizer)
+                whole = weights[name]
+                own.copy_(whole[self._rows(len(whole))])
+        own_moments = {
+            key: whole[self._rows(len(whole))] if whole.shape == shapes[key.rpartition("/")[0]] else whole
+            for key, whole in moments.items()
+        }
+        restore_optimizer(self._own, self._optimizer, own_moments, saved.loop_state.optimizer)
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.tensors import place
 from diffsynth_core.checkpoints.saved_states import SavedState
-from diffsynth_core.checkpoints.state import StateTensors, restore_state, state_of
+from diffsynth_core.checkpoints.state import StateTensors, put_back, state_of
 from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.engines.gradients import norm_of
+from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 
@@ -104,7 +105,9 @@ class ReplicatedEngine(Engine):
     def restore(self, saved: SavedState) -> None:
         # Into the plain optimizer, after prepare(), which would move its step counters to the device: each step would
         # then sync.
-        restore_state(saved.path, saved.loop_state, self._trained, self._plain)
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
+        weights, moments = read_and_send(saved, shapes, len(self._plain.param_groups), self.accelerator)
+        put_back(self._trained, self._plain, weights, moments, saved.loop_state.optimizer)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.loop_state.scaler)
 
