@@ -224,6 +224,9 @@ def launch(flags: Mapping[str, Any], asked: Launch, device: str) -> int:
             f"{here} processes on this machine need as many GPUs, but {there} are available",
             f"request {there * asked.machines} in total",
         )
+    if asked.machines > 1:
+        where = f"{asked.main_process_ip}:{asked.main_process_port}"
+        echo(f"Machine {asked.machine_rank} of {asked.machines} waits for the others at {where}", err=True)
     command = [*LAUNCHER, *asked.words, "-m", "diffsynth_cli", "train", *as_words(flags)]
     with TemporaryDirectory(prefix="diffsynth-") as folder:
         reports = Path(folder)

@@ -52,7 +52,7 @@ from diffsynth_core.training.engines import make_engine
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.forecast import ForecastObserver, time_in_words
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
-from diffsynth_core.training.machines import with_start_of_first
+from diffsynth_core.training.machines import of_first, with_start_of_first
 from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import (
     MetricsObserver,
@@ -537,7 +537,7 @@ class Run:
     def _open_record(self) -> RunRecord:
         """Open the record of the resumed run, or create one; from now on the folder belongs to this run."""
         plan = self.plan
-        record = read_record(self.folder)
+        record = of_first(read_record(self.folder), self.accelerator)
         if record is None:
             record = RunRecord(
                 parameters=as_plain(plan.parameters),

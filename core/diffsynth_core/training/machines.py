@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter
 
+T = TypeVar("T")
 SEEN_AFTER_SECONDS = 5.0
 """How long a network file system may take to show a new file to another machine."""
 
@@ -22,13 +24,18 @@ def local_world_size(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
+def of_first(value: T, accelerator: Accelerator) -> T:
+    """Return what the first process gives, in all of them."""
+    if accelerator.num_processes == 1:
+        return value
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
 def with_start_of_first(plan: RunPlan, accelerator: Accelerator) -> RunPlan:
     """Return the plan starting where that of the first process does, whose output folder has the states."""
-    if accelerator.num_processes == 1:
-        return plan
-    start = [plan.output.start]
-    broadcast_object_list(start)
-    return replace(plan, output=replace(plan.output, start=start[0]))
+    return replace(plan, output=replace(plan.output, start=of_first(plan.output.start, accelerator)))
 
 
 def share_of_samples(plan: RunPlan, accelerator: Accelerator, reporter: Reporter) -> tuple[int, int]:
@@ -46,9 +53,7 @@ def share_of_samples(plan: RunPlan, accelerator: Accelerator, reporter: Reporter
 
 def sees_file_of_first(folder: Path, accelerator: Accelerator) -> bool:
     """Return whether every process sees a file that the first one writes into a folder; all return the same."""
-    name = [f".seen-by-all-{uuid4().hex}"]
-    broadcast_object_list(name)
-    path = folder / name[0]
+    path = folder / of_first(f".seen-by-all-{uuid4().hex}", accelerator)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         path.touch()

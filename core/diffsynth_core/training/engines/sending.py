@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import read_state
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.training.machines import of_first
 from diffsynth_core.weights.writing import LazyStateDict
 
 
@@ -27,16 +28,16 @@ def read_and_send(
     if accelerator.num_processes == 1:
         return read_state(saved.path, saved.loop_state, shapes, groups)
     found: list[Mapping[str, Tensor]] = []
-    outcome: list[object] = [None]
+    outcome: object = None
     if accelerator.is_main_process:
         try:
             found = list(read_state(saved.path, saved.loop_state, shapes, groups))
-            outcome = [[{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in found]]
+            outcome = [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in found]
         except DiffSynthError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], DiffSynthError):
-        raise outcome[0]
+            outcome = error
+    kinds = of_first(outcome, accelerator)
+    if isinstance(kinds, DiffSynthError):
+        raise kinds
 
     def send(part: int, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if accelerator.is_main_process:
@@ -46,7 +47,6 @@ def read_and_send(
         sent: Tensor = broadcast(tensor.contiguous())
         return sent
 
-    kinds = outcome[0]
     assert isinstance(kinds, list)
     weights, moments = (
         LazyStateDict({name: partial(send, part, name, *kind) for name, kind in of_part.items()})
