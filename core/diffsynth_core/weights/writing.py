@@ -24,6 +24,9 @@ class LazyStateDict(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self._makers[key]()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 

@@ -20,7 +20,7 @@ def read_and_send(
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Return the whole weights and moments of a state, as `read_state`, in all processes.
 
-    Those of several are sent at each access: every process accesses the same ones in the same order, once.
+    Those of several are sent at each access: every process accesses the same ones in the same order.
 
     Raises:
         DiffSynthError: in all processes, as `read_state`.

@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from diffsynth_core.adapters.tensors import place
 from diffsynth_core.checkpoints.saved_states import SavedState
-from diffsynth_core.checkpoints.state import StateTensors, optimizer_values, read_state, restore_groups
+from diffsynth_core.checkpoints.state import StateTensors, optimizer_values, restore_groups
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
 from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.weights.writing import LazyStateDict
@@ -166,8 +167,8 @@ class ZeroEngine(Engine):
     def restore(self, saved: SavedState) -> None:
         shapes = {name: tuple(_shape(parameter)) for name, parameter in self._trained.items()}
         values = saved.loop_state.optimizer
-        weights, moments = read_state(saved.path, saved.loop_state, shapes, len(self._optimizer.param_groups))
-        kinds = {key.rpartition("/")[2]: value for key, value in moments.items()}
+        weights, moments = read_and_send(saved, shapes, len(self._optimizer.param_groups), self._accelerator)
+        kinds = {kind: moments[key] for kind, key in {key.rpartition("/")[2]: key for key in moments}.items()}
         for part in self._parts():
             state = self._optimizer.state[part]
             state |= {kind: torch.zeros_like(part) for kind, value in kinds.items() if value.dim()}
@@ -180,10 +181,10 @@ class ZeroEngine(Engine):
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 self._set_weight(parameter, weights[name])
-                for kind in kinds:
-                    moment = moments.get(f"{name}/{kind}")  # None: it has had no gradient
-                    if moment is not None and moment.dim():
-                        self._set_part(parameter, moment, kind)
+                for kind, example in kinds.items():
+                    key = f"{name}/{kind}"
+                    if example.dim() and key in moments:  # otherwise it has had no gradient
+                        self._set_part(parameter, moments[key], kind)
         restore_groups(self._optimizer, values.groups, self._accelerator.device)
 
     def _parts(self) -> list[Tensor]:
