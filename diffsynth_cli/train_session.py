@@ -23,6 +23,7 @@ from diffsynth_cli.text.download import plan_lines as download_lines
 from diffsynth_cli.text.estimate import (
     Estimate,
     candidate_lines,
+    engine_lines,
     estimate_lines,
     make_estimate,
     option_lines,
@@ -126,6 +127,8 @@ def _show_plan(
         plain = "NO_COLOR" in os.environ
         echo_styled(verdict, None if plain else color, bold=not plain)
     lines = [*summary_lines(plan, estimate), *warning_lines(plan)]
+    if estimate and estimate.fit and estimate.engines:
+        lines += ["", *engine_lines(plan, estimate.engines, estimate.fit.limit)]
     if plan.parameters.verbose:
         lines += ["", *plan_lines(plan, reporter, estimate is not None), *parameter_lines(plan)]
         lines += estimate_lines(plan, estimate) if estimate else ()

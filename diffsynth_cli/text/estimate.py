@@ -1,6 +1,6 @@
 """The estimate of a plan as text: memory, disk space, and whether the run fits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from diffsynth_core.config.choices import SWAP_BUFFERS
 from diffsynth_core.files import free_bytes, model_base_path
 from diffsynth_core.planning.disk import disk_use, download_bytes
 from diffsynth_core.planning.fitted import gpu_bytes, host_limit
-from diffsynth_core.planning.fitting import MemoryFit, find_fit
+from diffsynth_core.planning.fitting import EngineFit, MemoryFit, engine_fits, find_fit
 from diffsynth_core.planning.flops import step_flops
 from diffsynth_core.planning.memory import TrainingMemory, device_memory, host_memory, unknown_parts
 from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
@@ -22,11 +22,13 @@ TERA = 10**12
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate of a run, what its memory depends on, and the options that make it fit if `gpu_memory` is set."""
+    """The estimate of a run, what its memory depends on, and the options that make it fit if `gpu_memory` is set; of
+    several processes, the engines too."""
 
     run: Workload
     config: MemoryConfig
     fit: MemoryFit | None
+    engines: tuple[EngineFit, ...] = ()
 
 
 def make_estimate(plan: RunPlan) -> Estimate:
@@ -34,8 +36,24 @@ def make_estimate(plan: RunPlan) -> Estimate:
     run = find_workload(plan)
     config = memory_config(plan, run.largest)
     limit = gpu_bytes(plan.parameters) if plan.parameters.gpu_memory or plan.parameters.fit else None
-    fit = find_fit(plan, config, limit, host_limit(plan, limit), run.encoded) if limit else None
-    return Estimate(run, config, fit)
+    if not limit:
+        return Estimate(run, config, None)
+    host = host_limit(plan, limit)
+    fit = find_fit(plan, config, limit, host, run.encoded)
+    several = plan.machine.world_size > 1 and plan.task.trains
+    return Estimate(run, config, fit, tuple(engine_fits(plan, config, limit, host, run.encoded)) if several else ())
+
+
+def engine_lines(plan: RunPlan, engines: Sequence[EngineFit], limit: int) -> Iterator[str]:
+    """What a run takes in each of several processes with each engine, and which is the fastest that fits."""
+    yield f"Each of {plan.machine.world_size} processes, in {format_memory(limit)}"
+    for engine in engines:
+        yield f"  {_memory(engine.peak)}  {engine.flag}{': fits' if engine.fits else ''}"
+    fastest = next((engine for engine in engines if engine.fits), None)
+    if fastest and fastest.configuration == "ddp" and plan.machine.engine.spec.shards:
+        yield f"It fits without sharding, which is faster: pass `{fastest.flag}`"
+    elif fastest:
+        yield f"The fastest of those that fit is `{fastest.flag}`"
 
 
 def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
@@ -50,7 +68,7 @@ def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
     )
     yield f"{DEVICES[config.device]} memory, estimated for {basis}: {sizes.batch} of {shown}, precision {config.precision}"
     if memory.training:
-        yield from _table(_training_parts(config, memory.training, config.optimizer.spec.title))
+        yield from _table(_training_parts(plan, config, memory.training))
     for part in memory.encoding:
         parts = "weights and largest feature maps" if part.activations else "weights"
         yield f"  {_memory(part.total)}  {part.component} while encoding, before training: {parts}"
@@ -69,9 +87,10 @@ def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
         yield from candidate_lines(estimate.fit)
 
 
-def _training_parts(config: MemoryConfig, training: TrainingMemory, optimizer: str) -> dict[str, int]:
+def _training_parts(plan: RunPlan, config: MemoryConfig, training: TrainingMemory) -> dict[str, int]:
     """Device memory during training by part, and the total; of parts that are never needed together, the larger one
     counts."""
+    optimizer, engine = config.optimizer.spec.title, plan.machine.engine.spec
     kept = "recomputed block by block" if config.recompute else "all stored"
     waiting = ", block inputs offloaded to host memory" if training.on_host else ""
     moved = ", when all activations are offloaded to host memory" if training.on_host else ""
@@ -91,9 +110,14 @@ def _training_parts(config: MemoryConfig, training: TrainingMemory, optimizer: s
             if training.swapped
             else {}
         ),
+        **({"weights gathered while they are used": training.gathered} if training.gathered else {}),
         **({"LoRA": training.adapters} if training.adapters else {}),
         "gradient of the largest tensor" if training.updated_in_passes else "gradients": training.gradients,
-        **({"buffers in which DDP sends gradients": training.buckets} if training.buckets else {}),
+        **(
+            {f"gradients on their way to other processes ({engine.title})": training.buckets}
+            if training.buckets
+            else {}
+        ),
         f"optimizer state ({optimizer})": training.optimizer,
         **{name: size for name, size in optional.items() if size},
         f"training in total{suffix}": training.total,

@@ -13,7 +13,7 @@ from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.files import write_text
 from diffsynth_core.planning.fit_options import memory_options
 from diffsynth_core.planning.fitted import HOST_SHARE, LEAST_HOST_BYTES, assumed_host_bytes
-from diffsynth_core.planning.fitting import TIGHT_BYTES, FitSearch, MemoryFit
+from diffsynth_core.planning.fitting import TIGHT_BYTES, FitSearch, MemoryFit, engine_fits
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
@@ -25,6 +25,8 @@ GPUS = ("12GB", "16GB", "24GB", "48GB", "80GB")
 """Memory sizes of common rented GPUs."""
 TWO = "80GB"
 """Memory of each of two GPUs."""
+SEVERAL = ((2, "80GB"), (4, "80GB"), (8, "80GB"), (8, "24GB"))
+"""Numbers and memory sizes of GPUs in one machine."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,36 @@ def memory_page() -> str:
     """Return `docs/gpu_memory.md`: estimates of all recipes with their default parameters."""
     found = [each for recipe in page_recipes() for each in memory_of_recipe(recipe)]
     flags = [line for each in found for line in each.flag_lines]
-    return "\n".join([*page_head(), *(each.row for each in found), "", *FLAGS_HEAD, "", *flags]).rstrip() + "\n"
+    rows = [each.row for each in found]
+    return "\n".join([*page_head(), *rows, "", *several_gpus(), "", *FLAGS_HEAD, "", *flags]).rstrip() + "\n"
+
+
+def several_gpus() -> Iterator[str]:
+    """Yield the section about full training on several GPUs."""
+    sizes = [f"{number} x {size}" for number, size in SEVERAL]
+    yield from (
+        "## Full training on several GPUs",
+        "",
+        "The fastest engine with which each process fits without another change (`--num_processes 8 --accelerate_config",
+        "fsdp2`), and the memory that it needs. `ddp` holds the whole model in each process; `fsdp2` divides weights,",
+        "gradients and optimizer state, and `fsdp2offload` keeps its part of them in host memory.",
+        "",
+        f"| recipe | {' | '.join(sizes)} |",
+        f"|---|{'---|' * len(sizes)}",
+    )
+    for recipe in page_recipes():
+        for plan in plan_of_recipe(recipe):
+            if plan.training.full:
+                stage = f", stage `{plan.parameters.only}`" if plan.parameters.only else ""
+                yield f"| `{recipe}`{stage} | {' | '.join(_engine_in_words(plan, *gpus) for gpus in SEVERAL)} |"
+
+
+def _engine_in_words(plan: RunPlan, number: int, size: str) -> str:
+    several = replace(plan, machine=replace(plan.machine, world_size=number))
+    run, limit = find_workload(several), memory_bytes(size)
+    fits = engine_fits(several, memory_config(several, run.largest), limit, assumed_host_bytes(limit), run.encoded)
+    fastest = next((fit for fit in fits if fit.fits), None)
+    return f"`{fastest.configuration}`, {format_memory(fastest.peak)}" if fastest else "does not fit"
 
 
 def page_recipes() -> list[str]:

@@ -293,6 +293,13 @@ def engine_problems(
         yield Problem(what.format(asked), hint, wrong_use=True)
     if engine.spec.package:
         yield from missing_package(engine.spec.title, engine.spec.package)
+    yield from exclusions(parameters, optimizer, mixed_precision, engine)
+
+
+def exclusions(
+    parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str, engine: EngineChoice
+) -> Iterator[Problem]:
+    """Yield what a run asks for that its engine cannot train with."""
     for row in EXCLUSIONS:
         if engine.name in row.engines and row.applies(parameters, optimizer, mixed_precision):
             what = f"{row.what} does not go with {engine.spec.title}: it {row.why.format(engine=engine.spec.title)}"

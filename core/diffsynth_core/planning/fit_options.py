@@ -12,6 +12,7 @@ from diffsynth_core.config.quant_options import QuantOption, join_quant_options,
 from diffsynth_core.errors import collect_problems, report
 from diffsynth_core.models.size_facts import MediaSize
 from diffsynth_core.planning.block_swap import swappable_blocks, with_number_of_blocks
+from diffsynth_core.planning.engines import exclusions
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer
 from diffsynth_core.planning.plan import RunPlan
@@ -113,7 +114,16 @@ def memory_options(plan: RunPlan, config: MemoryConfig) -> list[MemoryOption]:
     options = [*_recomputing_options(config), *(updates + waiting if in_full else waiting + updates)]
     options += [*_checkpointing_options(config), *_storage_options(plan, config), *_scope_options(plan, config)]
     order = ("time", "precision", "quality", "scope")
-    return sorted(options, key=lambda option: order.index(option.cost))
+    able = [option for option in options if _goes_with_engine(plan, config, option)]
+    return sorted(able, key=lambda option: order.index(option.cost))
+
+
+def _goes_with_engine(plan: RunPlan, config: MemoryConfig, option: MemoryOption) -> bool:
+    """Return whether the engine of a run can train with an option."""
+    after = option.degrees[-1](config)
+    values = {change.parameter: change.value for change in parameter_changes(plan, after, config)}
+    changed = plan.parameters.model_copy(update=values)
+    return not list(exclusions(changed, after.optimizer, config.precision, plan.machine.engine))
 
 
 def _recomputing_options(config: MemoryConfig) -> Iterator[MemoryOption]:

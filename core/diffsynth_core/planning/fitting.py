@@ -1,9 +1,10 @@
 """Whether a run fits the memory of a GPU, and the cheapest changes of parameters with which it does. No torch."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from diffsynth_core.models.encoded_sizes import EncodedSize
+from diffsynth_core.planning.engines import REPLICATED, EngineChoice, exclusions
 from diffsynth_core.planning.fit_options import (
     MemoryOption,
     ParameterChange,
@@ -159,6 +160,48 @@ def find_fit(
 ) -> MemoryFit:
     """Find the changes with which a run fits; see `FitSearch`."""
     return FitSearch(plan, config, encoded, options).fit(limit, host_limit)
+
+
+@dataclass(frozen=True)
+class EngineFit:
+    """Whether a run fits in each of its processes with an engine, and what it takes there, in bytes."""
+
+    configuration: str
+    peak: int
+    fits: bool
+
+    @property
+    def flag(self) -> str:
+        """The flag that asks for the engine."""
+        return f"--accelerate_config {self.configuration}"
+
+
+CONFIGURATIONS: Mapping[str, EngineChoice] = {
+    "ddp": REPLICATED,
+    "fsdp2": EngineChoice(name="fsdp2"),
+    "fsdp2offload": EngineChoice(name="fsdp2", offload_optimizer=True, offload_weights=True),
+}
+"""Presets of accelerate configurations, the fastest first: DDP sends gradients alone, FSDP2 the weights as well, and
+with offload copies them from the host besides. Those that need another package are left out."""
+
+
+def engine_fits(
+    plan: RunPlan, config: MemoryConfig, limit: int, host_limit: int, encoded: EncodedSize = NOTHING_ENCODED
+) -> Iterator[EngineFit]:
+    """Yield what a run of several processes takes in each of them with the engines that it can use, otherwise
+    unchanged, the fastest first.
+
+    Args:
+        limit: memory of each GPU in bytes.
+        host_limit: memory of the host for each process in bytes.
+    """
+    for name, engine in CONFIGURATIONS.items():
+        if list(exclusions(plan.parameters, config.optimizer, config.precision, engine)):
+            continue
+        with_engine = replace(plan, machine=replace(plan.machine, engine=engine))
+        memory = device_memory(with_engine, config)
+        host = sum(host_memory(with_engine, config, memory, encoded).values())
+        yield EngineFit(name, memory.peak, memory.peak <= limit and host <= host_limit)
 
 
 def alternatives(plan: RunPlan, config: MemoryConfig) -> Iterator[Candidate]:

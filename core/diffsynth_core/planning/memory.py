@@ -26,11 +26,13 @@ from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.remembered import remembered
+from diffsynth_core.planning.sharding import Shares
 from diffsynth_core.planning.trained_sizes import (
     float32_shapes,
     full_weights,
     lora_numbers,
     rounded_shapes,
+    trainable_shapes,
     trained_shapes,
     trained_tensor_bytes,
 )
@@ -65,7 +67,10 @@ class TrainingMemory:
     `on_host`: what waits in host memory for the backward pass.
     `swap_buffers`: room for weights that are copied from host memory; `weights` is without all that wait there.
     `swapped`: weights that wait in host memory.
-    `buckets`: buffers in which DDP sends gradients to other processes (`gradient_as_bucket_view` is off in PyTorch).
+    `buckets`: buffers in which gradients are sent to other processes (`gradient_as_bucket_view` of DDP is off in
+    PyTorch).
+    `gathered`: weights that are whole for the time of their use, where processes divide them.
+    `offloaded`: weights, gradients and optimizer state that the engine keeps in host memory.
     """
 
     weights: Mapping[str, int]
@@ -80,6 +85,8 @@ class TrainingMemory:
     swap_buffers: int = 0
     swapped: int = 0
     buckets: int = 0
+    gathered: int = 0
+    offloaded: int = 0
 
     @property
     def update_is_fullest(self) -> bool:
@@ -89,7 +96,7 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """Peak bytes: what lasts, and the larger of the passes and the update of a step."""
-        weights = sum(self.weights.values()) + self.swap_buffers
+        weights = sum(self.weights.values()) + self.swap_buffers + self.gathered
         lasting = weights + self.adapters + self.gradients + self.buckets + self.optimizer
         passes = self.activations + self.autocast_weights
         return lasting + (passes + self.update if self.updated_in_passes else max(passes, self.update))
@@ -193,7 +200,55 @@ def state_on_device(plan: RunPlan, config: MemoryConfig) -> int:
 
 
 def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
-    """Memory of the largest micro-batch's step."""
+    """Memory of the largest micro-batch's step, in each process."""
+    whole = _whole_memory(plan, config)
+    return _divided(plan, config, whole) if plan.machine.engine.spec.shards else whole
+
+
+def _divided(plan: RunPlan, config: MemoryConfig, whole: TrainingMemory) -> TrainingMemory:
+    """What each process holds if an engine divides what every process would hold without."""
+    engine, facts = plan.machine.engine, plan.model.facts
+    shares = Shares(engine, plan.machine.world_size)
+    of_weights = {
+        name: bytes_of_weights(
+            plan, name, config.precision, config.storage.get(name, "plain"), _float32_weights(plan, name, config)
+        )
+        for name in whole.weights
+        if plan.model.shapes.get(name)
+    }
+    trained = {
+        name: {key: math.prod(shape) * BYTES["float32"] for key, shape in found.items()}
+        for name in whole.weights
+        if (found := trainable_shapes(plan, name))
+    }
+    weights = {name: shares.weights(size) for name, size in whole.weights.items()}
+    adapters, gradients = shares.weights(whole.adapters), shares.gradients(whole.gradients)
+    optimizer, update = shares.optimizer(whole.optimizer), shares.optimizer(whole.update)
+    copies = shares.copies(sum(map(math.prod, trained_shapes(plan, config.rank))))
+    of_gradients = sum(sum(of_component.values()) for of_component in trained.values())
+    divided = replace(
+        whole,
+        weights=weights,
+        adapters=adapters,
+        gradients=gradients,
+        optimizer=optimizer + copies,
+        update=update,
+        buckets=shares.buckets(facts, trained, max(whole.gradients - of_gradients, 0)),
+        gathered=shares.gathered(facts, of_weights),
+    )
+    if config.device == "cpu":
+        return divided
+    if engine.offload_optimizer:
+        moved = divided.optimizer + divided.gradients + divided.update
+        divided = replace(divided, optimizer=0, gradients=0, update=0, offloaded=moved)
+    if engine.offload_weights:
+        moved = sum(weights.values()) + adapters
+        divided = replace(divided, weights=dict.fromkeys(weights, 0), adapters=0, offloaded=divided.offloaded + moved)
+    return divided
+
+
+def _whole_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
+    """Memory of the largest micro-batch's step in a process that holds everything."""
     names = {
         plan.model.facts.denoiser,
         *plan.model.variant.step_components,
@@ -212,6 +267,7 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         # Beside the inputs of the block that is recomputed are those of the next one, which come back meanwhile.
         block = activations.largest_block + (2 * activations.block_inputs if on_host else 0)
         early = plan.parameters.gradient_accumulation_steps > 1 or plan.machine.world_size > 1
+        early = early and not plan.machine.engine.spec.shards_weights  # which cast gathered weights anew at each use
         casts = activations.autocast_weights if early and activations.autocast_weights > block else 0
     weights = {name: weight_bytes(plan, name, config) for name in sorted(names)}
     units = swapped_bytes(plan, config)
@@ -310,6 +366,9 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
         parts["the largest of them while it is loaded"] = max(swapped_bytes(plan, config))
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
+    if memory.training and memory.training.offloaded:
+        what = f"what {plan.machine.engine.spec.title} offloads, in each process"
+        parts[what] = memory.training.offloaded
     if memory.training and (waiting := states_on_host(plan, config)):
         parts["optimizer state"] = config.optimizer.state_bytes(waiting)
     if memory.training and plan.data.samples.samples:

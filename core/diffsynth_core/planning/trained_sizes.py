@@ -60,15 +60,21 @@ class FullWeight(NamedTuple):
     stays_float32: bool
 
 
+def trainable_shapes(plan: RunPlan, component: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a component's weights that train without LoRA, by module key."""
+    shapes = plan.model.shapes.get(component)
+    return {name: shapes[name] for name in trainable_weights(plan, component, shapes)} if shapes else {}
+
+
 @remembered
 def full_weights(plan: RunPlan) -> list[FullWeight]:
     """Return the tensors that train without LoRA."""
     found = []
-    for part, shapes in plan.model.shapes.items():
+    for part in plan.model.shapes:
         facts, of_denoiser = plan.model.facts.component(part), part == plan.model.facts.denoiser
-        for name in trainable_weights(plan, part, shapes):
+        for name, shape in trainable_shapes(plan, part).items():
             block = block_of(name, facts) if of_denoiser else None
-            found.append(FullWeight(shapes[name], block, facts.stays_float32(name)))
+            found.append(FullWeight(shape, block, facts.stays_float32(name)))
     return found
 
 
