@@ -27,6 +27,7 @@ TWO = "80GB"
 """Memory of each of two GPUs."""
 SEVERAL = ((2, "80GB"), (4, "80GB"), (8, "80GB"), (8, "24GB"))
 """Numbers and memory sizes of GPUs in one machine."""
+SEVERAL_HEAD = "## Full training on several GPUs"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def several_gpus() -> Iterator[str]:
     """Yield the section about full training on several GPUs."""
     sizes = [f"{number} x {size}" for number, size in SEVERAL]
     yield from (
-        "## Full training on several GPUs",
+        SEVERAL_HEAD,
         "",
         "The fastest engine with which each process fits without another change (`--num_processes 8 --accelerate_config",
         "fsdp2`), and the memory that it needs. `ddp` holds the whole model in each process; `fsdp2` divides weights,",
@@ -82,10 +83,15 @@ def several_gpus() -> Iterator[str]:
         f"|---|{'---|' * len(sizes)}",
     )
     for recipe in page_recipes():
-        for plan in plan_of_recipe(recipe):
-            if plan.training.full:
-                stage = f", stage `{plan.parameters.only}`" if plan.parameters.only else ""
-                yield f"| `{recipe}`{stage} | {' | '.join(_engine_in_words(plan, *gpus) for gpus in SEVERAL)} |"
+        yield from rows_of_several(recipe)
+
+
+def rows_of_several(recipe: str) -> Iterator[str]:
+    """Yield the rows of a recipe in that section: one of each stage that trains in full."""
+    for plan in plan_of_recipe(recipe):
+        if plan.training.full:
+            stage = f", stage `{plan.parameters.only}`" if plan.parameters.only else ""
+            yield f"| `{recipe}`{stage} | {' | '.join(_engine_in_words(plan, *gpus) for gpus in SEVERAL)} |"
 
 
 def _engine_in_words(plan: RunPlan, number: int, size: str) -> str:

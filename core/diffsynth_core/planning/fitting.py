@@ -189,7 +189,7 @@ def engine_fits(
     plan: RunPlan, config: MemoryConfig, limit: int, host_limit: int, encoded: EncodedSize = NOTHING_ENCODED
 ) -> Iterator[EngineFit]:
     """Yield what a run of several processes takes in each of them with the engines that it can use, otherwise
-    unchanged, the fastest first.
+    unchanged, the fastest first. One fits if it leaves `TIGHT_BYTES` of the GPU.
 
     Args:
         limit: memory of each GPU in bytes.
@@ -201,7 +201,7 @@ def engine_fits(
         with_engine = replace(plan, machine=replace(plan.machine, engine=engine))
         memory = device_memory(with_engine, config)
         host = sum(host_memory(with_engine, config, memory, encoded).values())
-        yield EngineFit(name, memory.peak, memory.peak <= limit and host <= host_limit)
+        yield EngineFit(name, memory.peak, memory.peak <= limit - TIGHT_BYTES and host <= host_limit)
 
 
 def alternatives(plan: RunPlan, config: MemoryConfig) -> Iterator[Candidate]:

@@ -267,7 +267,7 @@ def _whole_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         # Beside the inputs of the block that is recomputed are those of the next one, which come back meanwhile.
         block = activations.largest_block + (2 * activations.block_inputs if on_host else 0)
         early = plan.parameters.gradient_accumulation_steps > 1 or plan.machine.world_size > 1
-        early = early and not plan.machine.engine.spec.shards_weights  # which cast gathered weights anew at each use
+        early = early and not plan.machine.engine.spec.shards_weights  # which cast gathered weights at each use
         casts = activations.autocast_weights if early and activations.autocast_weights > block else 0
     weights = {name: weight_bytes(plan, name, config) for name in sorted(names)}
     units = swapped_bytes(plan, config)

@@ -17,7 +17,14 @@ from diffsynth_core.config.documents import (
 from diffsynth_core.config.parameters import ALIASES, GROUPS, SETTINGS, Parameters, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_names
 from diffsynth_core.config.yaml_files import read_yaml
-from diffsynth_core.planning.documents import PAGE, memory_of_recipe, page_head, page_recipes
+from diffsynth_core.planning.documents import (
+    PAGE,
+    SEVERAL_HEAD,
+    memory_of_recipe,
+    page_head,
+    page_recipes,
+    rows_of_several,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -270,13 +277,17 @@ ONE_OF_EACH_KIND = ("flux.1-dev-lora", "flux.2-klein-9b-full", "qwen-image-edit-
 def test_the_rows_and_flags_of_gpu_memory_are_those_of_the_recipe(recipe):
     page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8")
     found = list(memory_of_recipe(recipe))
-    assert [line for line in page.splitlines() if line.startswith(f"| `{recipe}`")] == [each.row for each in found]
+    rows, of_several = (
+        [line for line in part.splitlines() if line.startswith(f"| `{recipe}`")] for part in page.split(SEVERAL_HEAD)
+    )
+    assert rows == [each.row for each in found]
+    assert of_several == list(rows_of_several(recipe))
     for each in found:
         assert "\n".join(each.flag_lines) in page
 
 
 def test_the_page_of_gpu_memory_has_all_recipes_below_its_head():
-    page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8").partition(SEVERAL_HEAD)[0].splitlines()
     head = page_head()
     assert page[: len(head)] == head
     rows = [line for line in page[len(head) :] if line.startswith("| ")]

@@ -44,7 +44,7 @@ def test_it_is_what_fit_says_and_fits(recipe, size):
 
 def test_every_recipe_fits_the_gpus_that_people_rent():
     """By the page, which another test compares with the recipes."""
-    page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8")
+    page, _, _ = (ROOT / "docs" / PAGE).read_text(encoding="utf-8").partition("\n## ")
     head, *rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     cells = {row[0].replace("`", ""): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
     assert len({name.partition(",")[0] for name in cells}) == 40
@@ -56,3 +56,10 @@ def test_every_recipe_fits_the_gpus_that_people_rent():
         assert "does not fit" not in cells[recipe]["24GB"], recipe
     for recipe in LORA_12GB:
         assert "does not fit" not in cells[recipe]["12GB"], recipe
+
+
+def test_every_full_training_fits_the_gpus_of_one_machine():
+    page = (ROOT / "docs" / PAGE).read_text(encoding="utf-8").partition("## Full training on several GPUs")[2]
+    _, *rows = [line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| "]
+    assert len(rows) == 22
+    assert not [name for name, *by_gpus in rows for fit in by_gpus[:3] if fit == "does not fit"], "of 80 GB"
