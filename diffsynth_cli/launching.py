@@ -21,7 +21,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
-from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_of_configuration
+from diffsynth_core.planning.engines import REPLICATED, SHARDING_VARIABLES, EngineChoice, engine_of_configuration
 from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.stop import FINISHING
 
@@ -49,7 +49,7 @@ def world_size() -> int:
 
 def is_launched() -> bool:
     """Whether a launcher started this process."""
-    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", *SHARDING_VARIABLES))
 
 
 def check_launched() -> None:

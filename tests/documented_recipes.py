@@ -54,6 +54,12 @@ DEFAULTS = {
     "cpu_offload_split_threshold": None,
     "enable_optimizer_cpu_offload": False,
     "zero_cond_t": False,
+    "enable_tensorboard_log": False,
+    "enable_swanlab_log": False,
+    "swanlab_project": None,
+    "enable_wandb_log": False,
+    "wandb_project": None,
+    "enable_csv_log": False,
 }
 """Documented names and their defaults."""
 SHARED = {

@@ -1,5 +1,6 @@
-"""Host memory from which an accelerator copies while it computes."""
+"""Host memory from which an accelerator copies, and that is given back when it is freed."""
 
+import ctypes
 import mmap
 import weakref
 
@@ -9,6 +10,10 @@ from torch import Tensor
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import format_memory
 
+M_MMAP_THRESHOLD = -3
+"""Of `mallopt` in malloc.h: blocks from this size on are mapped one by one."""
+LARGE_BYTES = 1 << 20
+
 
 def allocate(size: int) -> Tensor:
     """Return `size` bytes of host memory, uint8, on pages of their own.
@@ -16,6 +21,18 @@ def allocate(size: int) -> Tensor:
     `torch.empty(…, pin_memory=True)` rounds sizes up to a power of two, of which blocks of a model waste a third.
     """
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+def return_freed_memory() -> None:
+    """From now on, give the memory of each large tensor back to the system when it is freed.
+
+    The C library of Linux otherwise keeps that of tensors below 32 MiB for later ones. If whole tensors and the parts
+    that are kept of them alternate, the gaps are too small for the next whole one: the memory of the process grows by
+    up to half of what it keeps.
+    """
+    change = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
+    if change is not None:
+        change(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

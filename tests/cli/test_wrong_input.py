@@ -253,4 +253,4 @@ def test_target_modules_that_match_nothing(refuse):
 )
 def test_engines_that_do_not_exist_here_are_refused(refuse, monkeypatch, variable, engine):
     monkeypatch.setenv(variable, "true")
-    assert refuse() == (2, [(names(engine), names("accelerate_config"))])
+    assert refuse() == (2, [(names(engine), names("--accelerate_config"))])

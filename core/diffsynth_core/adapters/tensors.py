@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 Place = Callable[[nn.Module, str, Tensor], None]
@@ -21,3 +22,10 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
     parent = module.get_submodule(parent_name)
     before = getattr(parent, leaf)
     setattr(parent, leaf, nn.Parameter(tensor, before.requires_grad) if isinstance(before, nn.Parameter) else tensor)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module, and not its parameters, which may wait in host memory."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))

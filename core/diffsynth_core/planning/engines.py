@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, list_names
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.packages import Package, missing_package
+from diffsynth_core.progress import verb
 
 EngineName = Literal["replicated", "fsdp2", "zero1", "zero2", "zero3"]
 DEEPSPEED = Package("deepspeed", "deepspeed", "deepspeed")
@@ -62,6 +63,7 @@ class EngineChoice:
         reshards: whether weights are divided again after the forward pass, and gathered once more for the backward
             pass; only of engines that divide weights.
         max_grad_norm: at which its configuration clips gradients; None: it does not say.
+        tuning: entries of `zero_optimization` that DeepSpeed is given besides, by name.
         problems: why it cannot be used, whatever the run.
     """
 
@@ -70,6 +72,7 @@ class EngineChoice:
     offload_weights: bool = False
     reshards: bool = True
     max_grad_norm: float | None = None
+    tuning: tuple[tuple[str, bool | int | float], ...] = ()
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -81,6 +84,27 @@ class EngineChoice:
 REPLICATED = EngineChoice()
 SHARDING_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 """Variables by which accelerate's launcher asks for an engine (`accelerate/utils/launch.py`)."""
+
+
+REFUSED = {"optimizer": "optimizer", "scheduler": "lr_scheduler"}
+"""Sections of a DeepSpeed configuration -> the parameter that says it here."""
+WITHOUT_EFFECT = (
+    "zero_optimization", "gradient_clipping", "bf16", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "activation_checkpointing", "steps_per_print", "wall_clock_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+"""Other sections that are read, or that parameters of the run say: precision, batches, and PyTorch's gradient
+checkpointing in place of DeepSpeed's."""
+CHOSEN = (
+    "stage", "offload_optimizer", "offload_param", "stage3_gather_16bit_weights_on_model_save", "memory_efficient_linear"
+)  # fmt: skip
+"""Entries of `zero_optimization` that are read, or about files that DeepSpeed would write."""
+TUNING = (
+    "overlap_comm", "contiguous_gradients", "sub_group_size", "reduce_bucket_size", "reduce_scatter",
+    "allgather_bucket_size", "allgather_partitions", "round_robin_gradients", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+)  # fmt: skip
+"""Entries of `zero_optimization` that are handed on: they change memory and speed alone."""
 
 
 def engine_of_configuration(settings: Mapping[str, Any], source: str) -> EngineChoice:
@@ -169,7 +193,15 @@ def _deepspeed_file(path: Path) -> EngineChoice:
             f"cannot read the DeepSpeed configuration `{path}`: {error}", "check the file", wrong_use=True
         )
         return EngineChoice(problems=(problem,))
-    return _zero(zero.get("stage", 0), devices, settings, f"`{path}`")
+    choice = _zero(zero.get("stage", 0), devices, settings, f"`{path}`")
+    tuning = {name: value for name, value in zero.items() if name in TUNING and value != "auto"}
+    unused = [name for name in settings if name not in (*WITHOUT_EFFECT, *REFUSED)]
+    unused += [f"zero_optimization.{name}" for name in zero if name not in (*TUNING, *CHOSEN)]
+    problems = choice.problems
+    if unused:
+        what = f"`{path}` sets {list_names(unused)}, which {verb(len(unused), 'is', 'are')} not used here"
+        problems = (*problems, Problem(what, "remove what is named", wrong_use=True))
+    return replace(choice, tuning=tuple(tuning.items()), problems=problems)
 
 
 def _zero(stage: Any, devices: Mapping[str, str], settings: Mapping[str, Any], source: str) -> EngineChoice:
@@ -188,7 +220,7 @@ def _zero(stage: Any, devices: Mapping[str, str], settings: Mapping[str, Any], s
         if device not in ("none", "cpu"):
             what = f"{source} offloads to {device}, which is not supported"
             problems.append(Problem(what, "offload to cpu, or not at all", wrong_use=True))
-    for name, parameter in (("optimizer", "optimizer"), ("scheduler", "lr_scheduler")):
+    for name, parameter in REFUSED.items():
         if name in settings:
             what = f"{source} sets DeepSpeed's `{name}`, which is a parameter of the run here"
             problems.append(Problem(what, f"remove it, and pass `--{parameter}`", wrong_use=True))

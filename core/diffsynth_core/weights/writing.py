@@ -62,7 +62,7 @@ def write_safetensors(
 
 def safetensors_bytes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtypes: Mapping[str, torch.dtype] | None = None
-) -> Iterator[bytes]:
+) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file: its header, then each tensor."""
     kinds = _kinds(tensors, dtypes)
     yield make_header(((name, safetensors_dtype(dtype), shape) for name, (shape, dtype) in kinds.items()), metadata)
@@ -93,7 +93,7 @@ def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.dtype
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
     """Return the values of a tensor in a dtype."""
     value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return value.reshape(-1).view(torch.uint8).numpy().data

@@ -75,9 +75,12 @@ def test_a_configuration_and_the_environment_that_the_launcher_makes_of_it_ask_f
 def test_a_configuration_file_of_deepspeed_counts(tmp_path):
     path = tmp_path / "zero.json"
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": {"device": "cpu"}}
+    zero |= {"reduce_bucket_size": 5e7, "stage3_prefetch_bucket_size": "auto"}
     path.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
     settings = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(path)}}
-    wanted = EngineChoice(name="zero3", offload_optimizer=True, offload_weights=True)
+    wanted = EngineChoice(
+        name="zero3", offload_optimizer=True, offload_weights=True, tuning=(("reduce_bucket_size", 5e7),)
+    )
     assert engine_of_configuration(settings, "x") == wanted
     variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
     assert engine_of_environment(variables) == wanted
@@ -175,3 +178,11 @@ def test_presets_are_engines_that_exist():
         "zero2offload": "zero2",
         "zero3": "zero3",
     }
+
+
+def test_what_deepspeed_is_told_and_nobody_here_does_is_a_problem(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}, "compression": {}}))
+    settings = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(path)}}
+    (problem,) = engine_of_configuration(settings, "x").problems
+    assert "`compression`, `zero_optimization.zero_hpz_partition_size`" in problem.message and problem.wrong_use

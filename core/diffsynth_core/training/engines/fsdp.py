@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from diffsynth_core.adapters.tensors import place
+from diffsynth_core.adapters.tensors import move_buffers, place
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, restore_optimizer, state_of
+from diffsynth_core.host_memory import return_freed_memory
 from diffsynth_core.models.checkpointing import blocks_of
 from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.optimizers.names import UPDATE
@@ -43,6 +44,7 @@ class ShardedEngine(Engine):
         self, accelerator: Accelerator, max_grad_norm: float | None, choice: EngineChoice, facts: FamilyFacts
     ) -> None:
         self._accelerator, self._limit, self._choice, self._facts = accelerator, max_grad_norm, choice, facts
+        return_freed_memory()
         device = accelerator.device
         if not distributed.is_initialized():  # a single process: accelerate makes no group for it
             distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -59,10 +61,10 @@ class ShardedEngine(Engine):
         rows = tensor[self._rows(len(tensor))].clone(memory_format=torch.contiguous_format)
         return self._of_rows(rows.cpu() if self._choice.offload_weights else rows, tensor.shape)
 
-    def _rows(self, count: int) -> slice:
-        """Return the rows of this process, as `torch.chunk` divides them."""
+    def _rows(self, count: int, rank: int | None = None) -> slice:
+        """Return the rows of a process, by default of this one, as `torch.chunk` divides them."""
         most = -(-count // self._mesh.size())
-        first = min(most * self._mesh.get_local_rank(), count)
+        first = min(most * (self._mesh.get_local_rank() if rank is None else rank), count)
         return slice(first, min(first + most, count))
 
     def _of_rows(self, rows: Tensor, shape: torch.Size) -> DTensor:
@@ -70,11 +72,15 @@ class ShardedEngine(Engine):
         return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
+        move_buffers(model, self._accelerator.device)  # from host memory where the weights are offloaded
         self._shard(model)
         self._trained = model.trained()
         # They share memory with the parameters, which FSDP never replaces.
         self._own = {name: nn.Parameter(_rows_of(sharded)) for name, sharded in self._trained.items()}
-        starts = {name: self._rows(len(sharded)).start * sharded[0].numel() for name, sharded in self._trained.items()}
+        starts = {
+            name: self._rows(len(sharded)).start * (sharded.numel() // len(sharded))
+            for name, sharded in self._trained.items()
+        }
         self._optimizer = make_optimizer(self._own, starts)
         whole_gradients = sum(sharded.numel() * sharded.itemsize for sharded in self._trained.values())
         weights = sum(_rows_of(parameter).nbytes for parameter in model.parameters())
@@ -185,8 +191,15 @@ class ShardedEngine(Engine):
         return self._gather(_rows_of(tensor), tensor.shape) if isinstance(tensor, DTensor) else tensor.detach()
 
     def _gather(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        # On the device, where processes communicate; offloaded rows are on the host.
-        return self._of_rows(rows.to(self._accelerator.device), shape).full_tensor()
+        # On the device, where processes communicate; offloaded rows are on the host. Each process sends its rows to
+        # their place: an all-gather may hold the tensor twice.
+        whole = torch.empty(shape, dtype=rows.dtype, device=self._accelerator.device)
+        whole[self._rows(len(whole))] = rows
+        for rank in range(self._mesh.size()):
+            part = whole[self._rows(len(whole), rank)]
+            if part.numel():
+                distributed.broadcast(part, group=self._mesh.get_group(), group_src=rank)
+        return whole
 
     def state(self) -> StateTensors:
         own = state_of(self._own, self._optimizer)

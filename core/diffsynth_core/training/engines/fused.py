@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from diffsynth_core.adapters.tensors import move_buffers
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer, PerParameterOptimizer
 from diffsynth_core.training.engines.replicated import ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch
@@ -23,9 +24,8 @@ class FusedEngine(ReplicatedEngine):
         assert isinstance(optimizer, PerParameterOptimizer)
         self._plain = self._one_by_one = optimizer
         self._swap = model.trained_swap
-        for part in model.modules():  # parameters are where they belong: on the device, or waiting in host memory
-            for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, buffer.to(self.accelerator.device))
+        # Parameters are where they belong: on the device, or waiting in host memory.
+        move_buffers(model, self.accelerator.device)
         # Mixed precision alone: accelerate would wrap the one process of a launcher in DDP, which keeps all gradients.
         self._module = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         self._norms: dict[nn.Parameter, Tensor] = {}

@@ -17,9 +17,10 @@ from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffsynth_core.adapters.tensors import place
+from diffsynth_core.adapters.tensors import move_buffers, place
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, optimizer_values, restore_groups
+from diffsynth_core.host_memory import return_freed_memory
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
 from diffsynth_core.training.engines.engine import Engine
@@ -43,6 +44,8 @@ class ZeroEngine(Engine):
 
     def __init__(self, accelerator: Accelerator, max_grad_norm: float | None, choice: EngineChoice) -> None:
         self._accelerator, self._stage = accelerator, STAGES[choice.name]
+        if self._stage == 3:
+            return_freed_memory()
         self._deepspeed = _open_deepspeed(accelerator)
         self._settings = _settings(choice, self._stage, max_grad_norm, accelerator.device)
         self._divide: Callable[[list[nn.Parameter]], None] | None = None
@@ -65,9 +68,7 @@ class ZeroEngine(Engine):
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
         self._trained: dict[str, nn.Parameter] = model.trained()
-        for part in model.modules():  # in host memory where the weights are offloaded
-            for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, buffer.to(self._accelerator.device))
+        move_buffers(model, self._accelerator.device)  # from host memory where the weights are offloaded
         # A cache would keep copies of gathered weights that DeepSpeed frees.
         module = _UnderAutocast(model, self._accelerator, AutocastKwargs(cache_enabled=self._stage < 3))
         self._optimizer = make_optimizer(self._trained)
@@ -265,7 +266,8 @@ def _open_deepspeed(accelerator: Accelerator) -> Any:
 def _settings(choice: EngineChoice, stage: int, max_grad_norm: float | None, device: torch.device) -> dict[str, Any]:
     """Return the configuration of DeepSpeed."""
     offload = {"device": "cpu", "pin_memory": device.type != "cpu"}
-    zero: dict[str, Any] = {"stage": stage, "memory_efficient_linear": False, "reduce_bucket_size": REDUCE_BUCKET}
+    zero: dict[str, Any] = {"reduce_bucket_size": REDUCE_BUCKET, **dict(choice.tuning)}
+    zero |= {"stage": stage, "memory_efficient_linear": False}
     if choice.offload_optimizer:
         zero["offload_optimizer"] = offload
     if choice.offload_weights:
