@@ -213,7 +213,8 @@ def test_a_run_that_was_killed_before_its_first_save_begins_at_step_0(stopped, t
     (run / "run.json").write_text(json.dumps(record | {"step": 0, "status": "running", "checkpoints": []}))
     start, problems = stopped.resume(run)
     assert not problems
-    assert start == ResumePoint(0, ("starts at step 0: the previous run was stopped before its first save",))
+    notes = ("starts at step 0: the previous run was stopped before its first save",)
+    assert start == ResumePoint(0, notes, fused_optimizer=False)
 
 
 def test_from_the_state_before_it_the_run_ends_with_the_same_weights(stopped, tmp_path, tiny_models, says):

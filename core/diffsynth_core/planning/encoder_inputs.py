@@ -53,7 +53,8 @@ def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, A
         if isinstance(value, list):
             return [scaled(item) for item in value]
         if isinstance(value, Tensor):
-            return to_device(value, device).float().div_(127.5).sub_(1)
+            # Always a copy: conditioning frames are float32 already, and may be in a batch several times.
+            return to_device(value, device).to(torch.float32, copy=True).div_(127.5).sub_(1)
         return value
 
     return {name: scaled(value) for name, value in loaded.items()}

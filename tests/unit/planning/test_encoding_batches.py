@@ -6,6 +6,7 @@ import torch
 from diffsynth_core.models.family import Encoder
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.tokens import Tokens
+from diffsynth_core.planning.encoder_inputs import scale_pixels
 from diffsynth_core.planning.encoding_batches import ALONE, BatchKind, EncodingBatches, image_batch
 
 SMALL, LARGE = (3, 1, 64, 64), (3, 1, 256, 256)
@@ -92,3 +93,12 @@ def test_reference_images_count_as_well():
     kind = image_batch({"image": torch.zeros(3, 1, 64, 64), "edit_image": shown})
     assert kind.size == 65536 // (128 * 128 + 2 * 64 * 64)
     assert kind != image_batch({"image": torch.zeros(3, 1, 64, 64), "edit_image": shown[::-1]})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_batch_with_copies_of_a_sample_scales_each_of_them_once(dtype):
+    """Conditioning frames are float32, so that scaling them in place would scale the copies again."""
+    pixels = torch.full((3, 1, 2, 2), 255, dtype=dtype)
+    first, second = (scale_pixels({"input_image": pixels}, torch.device("cpu"))["input_image"] for _ in range(2))
+    assert torch.equal(first, torch.ones(3, 1, 2, 2)) and torch.equal(second, first)
+    assert torch.equal(pixels, torch.full_like(pixels, 255))
