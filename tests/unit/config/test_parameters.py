@@ -70,6 +70,8 @@ TAKEN = [
     ("blocks_to_swap", 0, 0),
     ("max_time", " 3h50m ", "3h50m"),
     ("max_time", "1.5h", "1.5h"),
+    ("validation_split", 0.05, "0.05"),
+    ("validation_split", "held_out/", "held_out/"),
     ("gpu_memory", " 24GB ", "24GB"),
     ("gpu_memory", "79.6 gib", "79.6 gib"),
 ]
@@ -107,6 +109,7 @@ REFUSED = [
     ),
     *(("blocks_to_swap", value) for value in ("", "all", -1, "-1", 1.5, True, None, [1], 2**60)),
     *(("max_time", value) for value in ("20", 20, "", "h", "-1h", "0s", "5m3h", "3:50")),
+    *(("validation_split", value) for value in ("", True, ["a"], {"a": 1})),
     *(("gpu_memory", value) for value in ("24", 24, "", "GB", "-1GB", "24 TB", "1.GB")),
 ]
 
