@@ -17,7 +17,7 @@ from diffsynth_core.planning.engines import EngineChoice
 GATHERED_BLOCKS = 2
 """Blocks whose weights are whole at a time: one computes, and one is gathered ahead."""
 REDUCE_BUCKET = 500_000_000
-"""Numbers whose gradients DeepSpeed averages at once (`reduce_bucket_size`)."""
+"""Numbers whose gradients DeepSpeed averages at once by default (`reduce_bucket_size`)."""
 LIVE_NUMBERS = 1_000_000_000
 """Numbers of weights that DeepSpeed keeps gathered at most (`stage3_max_live_parameters`)."""
 

@@ -23,14 +23,13 @@ from diffsynth_core.checkpoints.state import StateTensors, optimizer_values, res
 from diffsynth_core.host_memory import return_freed_memory
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
+from diffsynth_core.planning.sharding import REDUCE_BUCKET
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.weights.writing import LazyStateDict
 
-REDUCE_BUCKET = 500_000_000
-"""Numbers whose gradients are averaged at once: the default of DeepSpeed."""
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 """Engine -> what DeepSpeed divides: optimizer state; gradients too; weights too."""
 
