@@ -136,6 +136,13 @@ def test_a_file_names_samples_of_the_datasets_folder(train, tmp_path, monkeypatc
     assert {indices for epoch, indices in drawn if epoch != -1} == {range(1000)}
 
 
+def test_the_same_samples_are_measured_alike_beside_any_dataset(train, others, photographs, tmp_path):
+    fewer = shutil.copytree(photographs, tmp_path / "fewer")
+    (fewer / "metadata.csv").write_text("image,prompt\nrocket.png,a rocket\n")
+    flags = ("--validation_split", others, "--learning_rate", 0, "--max_steps", 1)
+    assert lines(train("out", *flags)) == lines(train("with fewer", *flags, "--dataset_base_path", fewer))
+
+
 def test_two_stages_hold_out_what_one_does(train):
     share = ("--validation_split", 0.25, "--max_steps", 1)
     train("encoded", *share, "--task", "sft:data_process")

@@ -28,6 +28,7 @@ class MicroBatch:
         counts: False for a stand-in with weight 0, which a process runs when the others still have a micro-batch: in
             distributed training all processes must run the same number of backward passes.
         band: the part of the timesteps that draws are from; None: all.
+        numbers: by which the random numbers of each sample are drawn; None: its index in the dataset.
     """
 
     epoch: int
@@ -36,6 +37,7 @@ class MicroBatch:
     raw: tuple[dict[str, dict[str, Any]], ...]
     counts: bool
     band: Band | None = None
+    numbers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,11 @@ class TrainingModule(nn.Module):
         return losses
 
     def _draws(self, micro_batch: MicroBatch) -> list[SampleDraw]:
-        seed, epoch = self._parameters_of_run.seed, micro_batch.epoch
+        seed, epoch, refs = self._parameters_of_run.seed, micro_batch.epoch, micro_batch.refs
+        numbers = micro_batch.numbers or [ref.sample for ref in refs]
         return [
-            SampleDraw(seed, epoch, ref.sample, ref.repeat, self._samples[ref.sample].sampling, micro_batch.band)
-            for ref in micro_batch.refs
+            SampleDraw(seed, epoch, number, ref.repeat, self._samples[ref.sample].sampling, micro_batch.band)
+            for ref, number in zip(refs, numbers, strict=True)
         ]
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -14,7 +14,7 @@ from diffsynth_core.training.observers import ValidationReport
 from diffsynth_core.training.timesteps import Band
 
 VALIDATION_EPOCH = -1
-"""Epoch of the draws for validation, which no step has: they are functions of seed, sample and band alone."""
+"""Epoch of the draws for validation, which no step has: they are functions of seed, held-out sample and band alone."""
 
 
 class Validation:
@@ -27,6 +27,8 @@ class Validation:
         self._bands = count_bands(plan.parameters)
         self._batches = held_out_batches(plan)
         self._micro_batches = MicroBatches(plan, room=0)
+        # Draws are by the place among the held-out samples: the same ones compare between runs on other datasets.
+        self._places = {sample: place for place, sample in enumerate(plan.data.held_out)}
 
     def measure(self, step: int) -> ValidationReport:
         """Return the mean loss after `step` steps, the same in all processes."""
@@ -42,9 +44,10 @@ class Validation:
         losses = torch.zeros(self._bands, sum(map(len, self._batches)), device=self._device)
         for micro_batch, first in self._own():
             size = len(micro_batch.refs)
+            numbers = tuple(self._places[ref.sample] for ref in micro_batch.refs)
             for number in range(self._bands):
                 refs = tuple(SampleRef(ref.sample, number) for ref in micro_batch.refs)
-                of_band = replace(micro_batch, refs=refs, band=Band(number, self._bands))
+                of_band = replace(micro_batch, refs=refs, band=Band(number, self._bands), numbers=numbers)
                 measured = self._engine.evaluate(of_band)
                 if micro_batch.counts:
                     losses[number, first : first + size] = measured
