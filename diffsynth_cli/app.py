@@ -10,6 +10,7 @@ from diffsynth_cli.printing import echo
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
     "generate": ("diffsynth_cli.commands.generate", "Draw images and clips with a model, LoRAs or a run"),
+    "run": ("diffsynth_cli.commands.run", "Show how a run is going, or how it ended"),
     "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training"),
     "split-ckpt": ("diffsynth_cli.commands.split_ckpt", "Split a checkpoint by component or size, or join one"),
     "download": ("diffsynth_cli.commands.download", "Download files of recipes, models and datasets"),

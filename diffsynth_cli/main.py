@@ -10,7 +10,7 @@ from diffsynth_cli.completion import LINE_VARIABLES, typed_line
 from diffsynth_cli.printing import echo
 from diffsynth_cli.streams import guarded_streams
 
-GROUPS = ("dataset", "recipe")
+GROUPS = ("run", "dataset", "recipe")
 """Commands that have subcommands."""
 
 

@@ -33,7 +33,7 @@ from diffsynth_cli.text.plan import WARNING, parameter_lines, plan_lines, warnin
 from diffsynth_cli.text.probe import probe_lines
 from diffsynth_cli.text.summary import ALL, summary_lines
 from diffsynth_cli.text.wrapping import terminal_width, wrap_line
-from diffsynth_core.checkpoints.run_folder import LOG, METRICS
+from diffsynth_core.checkpoints.run_folder import LOG, METRICS, PAGE
 from diffsynth_core.config.documents import command_line, format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.config.resolve import Resolved
@@ -271,6 +271,7 @@ def _show_files(
     if use:
         reporter.result(f"ComfyUI     {use}")
     reporter.result(f"Metrics     {folder / METRICS}")
+    reporter.result(f"Page        {folder / PAGE}")
     reporter.result(f"Log         {folder / LOG}")
 
 

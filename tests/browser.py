@@ -20,6 +20,32 @@ OPTIONS = (
 )
 """Every network request, by the page or by the browser itself, ends at a closed port."""
 
+LOW_CONTRAST = """
+const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+const luminance = (color) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, place) => {
+  const value = rgb(color)[place] / 255;
+  return sum + weight * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+}, 0);
+function ground(element) {
+  const color = getComputedStyle(element).backgroundColor;
+  return rgb(color)[3] === 0 && element.parentElement ? ground(element.parentElement) : color;
+}
+const low = [];
+const seen = new Set();
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+  const element = texts.currentNode.parentElement;
+  if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest("title, script, style")) continue;
+  const style = getComputedStyle(element);
+  const color = element instanceof SVGElement ? style.fill : style.color;
+  const [dark, light] = [luminance(color), luminance(ground(element))].sort((one, other) => one - other);
+  seen.add(texts.currentNode.data.trim());
+  if ((light + 0.05) / (dark + 0.05) < 4.5) low.push([texts.currentNode.data.trim(), color, ground(element)]);
+}
+return [low, seen.size, getComputedStyle(document.body).backgroundColor];
+"""
+"""Visible texts with a contrast below WCAG's level AA."""
+
 
 def missing() -> bool:
     """Return whether there is no browser to test with."""

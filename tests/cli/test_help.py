@@ -42,7 +42,15 @@ def test_help_names_the_commands(cli):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["-h"], ["train", "-h"], ["recipe", "-h"], ["recipe", "show", "-h"], ["convert-lora", "-h"]],
+    [
+        ["--help"],
+        ["-h"],
+        ["train", "-h"],
+        ["recipe", "-h"],
+        ["recipe", "show", "-h"],
+        ["run", "show", "-h"],
+        ["convert-lora", "-h"],
+    ],
 )
 def test_help_is_data_and_no_wider_than_80(cli, arguments):
     outcome = cli(*arguments)

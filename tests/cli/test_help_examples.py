@@ -9,10 +9,12 @@ import pytest
 import typer
 
 from diffsynth_cli.app import build_app
+from diffsynth_cli.main import GROUPS
 
 COMMANDS = [
     ["train"],
     ["generate"],
+    ["run", "show"],
     ["dataset", "validate"],
     ["split-ckpt"],
     ["download"],
@@ -68,5 +70,5 @@ def parse_strictly(arguments: list[str]) -> list[str]:
         name, command, left = context.command.resolve_command(context, rest)
         return command.make_context(name, left, parent=context)
 
-    depth = 2 if arguments[0] in ("dataset", "recipe") else 1
+    depth = 2 if arguments[0] in GROUPS else 1
     return reduce(step, range(depth), context).args

@@ -114,6 +114,7 @@ def test_a_command_and_a_file_are_completed(shell: Shell, tmp_path: Path):
     ("line", "expected"),
     [
         ("diffsynth recipe sh", ["show"]),
+        ("diffsynth run sh", ["show"]),
         ("diffsynth recipe show wan2.2-ti2v", ["wan2.2-ti2v-5b-full", "wan2.2-ti2v-5b-lora"]),
         ("diffsynth download flux.1-krea", ["flux.1-krea-dev-full", "flux.1-krea-dev-lora"]),
         ("diffsynth dataset validate --recipe qwen-image-2", ["qwen-image-2512-full", "qwen-image-2512-lora"]),

@@ -76,6 +76,7 @@ def test_stages_train_one_after_the_other_each_in_its_folder(train):
             ("Stage", stage),
             ("Checkpoint", f"out/{stage}/epoch-0.safetensors"),
             ("Metrics", f"out/{stage}/metrics.jsonl"),
+            ("Page", f"out/{stage}/report.html"),
             ("Log", f"out/{stage}/train.log"),
         )
     ]

@@ -25,6 +25,12 @@ VALIDATIONS = "validation.jsonl"
 """Name of the file of losses on held-out samples."""
 LOG = "train.log"
 """Name of the copy of the console output."""
+PAGE = "report.html"
+"""Name of the page of the run."""
+PREVIEWS = "samples"
+"""Name of the folder of previews; those after step N are in its folder `step-N`."""
+PREVIEW_LIST = "images.json"
+"""Name of the list of the images of a step, written last."""
 LOCK = ".lock"
 """Name of the lock file."""
 RECORDED_PACKAGES = ("diffsynth-cli", "torch", "accelerate", "diffusers", "transformers", "peft", "safetensors")
@@ -44,6 +50,14 @@ class CheckpointEntry:
     bytes: int
     validation_loss: float | None = None
     """On the held-out samples, if the run has some and the loss is finite."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of the main process's GPU: the peak of training as estimated before, and as measured so far."""
+
+    estimated: int
+    peak: int
 
 
 @dataclass
@@ -85,6 +99,8 @@ class RunRecord:
     """The step whose loss or gradient was not finite, if that ended the run."""
     seconds: float = 0
     """Of all commands of the run so far, encoding included, to the latest saved state or the end."""
+    memory: MemoryUse | None = None
+    """Of the latest command, on a GPU."""
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     updated: str = ""
     tf32: list[str] = field(default_factory=list)

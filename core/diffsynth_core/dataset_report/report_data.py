@@ -4,7 +4,6 @@ A page must open in a browser for any dataset: each of the three parts has a bud
 that a budget cuts off what matters least; how much was omitted is stated.
 """
 
-import json
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from diffsynth_core.dataset_report.facts import ImageFacts, VideoFacts
 from diffsynth_core.dataset_report.report import Report
 from diffsynth_core.dataset_report.set_checks import crop_box, header_of, sizes_of
 from diffsynth_core.errors import truncate
+from diffsynth_core.html_page.document import json_for_script
 
 FINDINGS_BYTES = 8_000_000
 """Maximum bytes of findings as JSON."""
@@ -54,13 +54,13 @@ class PageData:
 
 def page_data(report: Report, dataset: DatasetFacts) -> PageData:
     """Return what the page shows item by item: the worst findings, samples with findings before those without."""
-    findings = _within(FINDINGS_BYTES, (_as_json(_finding(one, dataset)) for one in report.findings))
+    findings = _within(FINDINGS_BYTES, (json_for_script(_finding(one, dataset)) for one in report.findings))
     records = _worst_first(dataset, report.findings)
     sizes = sizes_of(dataset)
-    samples = _within(SAMPLES_BYTES, (_as_json(_sample(record, dataset, sizes)) for record in records))
+    samples = _within(SAMPLES_BYTES, (json_for_script(_sample(record, dataset, sizes)) for record in records))
     images = thumbnails_of(dataset)
     shown = {name: images[name] for record in records[: len(samples)] for name in _names(record) if name in images}
-    thumbnails = _within(THUMBNAILS_BYTES, (f"{_as_json(name)}:{_base64(one)}" for name, one in shown.items()))
+    thumbnails = _within(THUMBNAILS_BYTES, (f"{json_for_script(name)}:{_base64(one)}" for name, one in shown.items()))
     text = (
         f'{{"findings":[{",".join(findings)}],"samples":[{",".join(samples)}],"thumbnails":{{{",".join(thumbnails)}}}}}'
     )
@@ -82,11 +82,6 @@ def thumbnails_of(dataset: DatasetFacts) -> Mapping[str, bytes]:
     """Return JPEGs by path."""
     every: dict[str, ImageFacts | VideoFacts] = {**dataset.images, **dataset.videos}
     return {name: facts.thumbnail for name, facts in every.items() if facts.thumbnail}
-
-
-def _as_json(value: Any) -> str:
-    """Return ASCII JSON that neither ends a script element nor starts a comment, whatever its strings."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _base64(data: bytes) -> str:

@@ -109,7 +109,7 @@ def histogram_html(histogram: Histogram) -> str:
     floor = HEIGHT - BOTTOM
     drawn = [_bar_svg(bar, LEFT + place * step, step, most, floor) for place, bar in enumerate(histogram.bars)]
     return (
-        f'<figure class="histogram"><figcaption><b>{escape(histogram.title)}</b> <span>{escape(histogram.note)}</span>'
+        f'<figure class="panel histogram"><figcaption><b>{escape(histogram.title)}</b> <span>{escape(histogram.note)}</span>'
         f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor + 0.5}" y2="{floor + 0.5}"/>{"".join(drawn)}'
         f"{''.join(_ticks_svg(histogram, step))}</svg></figure>"

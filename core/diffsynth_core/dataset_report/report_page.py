@@ -1,15 +1,12 @@
 """The report of a dataset as one self-contained HTML page: no other files, no network. No torch.
 
 Facts about the whole dataset are HTML, readable without scripts; findings and samples are JSON, which the page's
-script renders a few dozen at a time. Template, style and script are in the folder `page`.
+script renders a few dozen at a time. Template, style and script are in the folder `page`, after the style of all pages.
 """
 
 import re
-from base64 import b64encode
 from collections.abc import Iterator
-from hashlib import sha256
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 
@@ -19,14 +16,21 @@ from diffsynth_core.dataset_report.report import Report, Summary
 from diffsynth_core.dataset_report.report_data import PageData, page_data
 from diffsynth_core.dataset_report.report_figures import buckets_html, histogram_html, histograms
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.files import write_text
+from diffsynth_core.html_page.document import (
+    base_style,
+    content_policy,
+    generator_mark,
+    has_mark,
+    read_part,
+    write_page_text,
+)
 from diffsynth_core.progress import format_bytes, pluralize
 
 THUMBNAIL_SIDE = 160
 """Longer side, in pixels, of the thumbnails for which the page is designed; for `CheckOptions.thumbnails`."""
 ENDINGS = (".html", ".htm")
 """Suffixes of pages."""
-MARK = '<meta name="generator" content="diffsynth dataset validate">'
+MARK = generator_mark("dataset validate")
 """Marker in the head of every page."""
 
 
@@ -40,17 +44,9 @@ def check_page_path(path: Path) -> None:
         raise FaultsFound(
             [Problem(f"`--report` writes an .html file, got `{path}`", "pass an .html path", wrong_use=True)]
         )
-    if (path.exists() or path.is_symlink()) and not _is_ours(path):
+    if (path.exists() or path.is_symlink()) and not has_mark(path, MARK):
         what = f"`{path}` (`--report`) exists and is not a report, so it is not overwritten"
         raise FaultsFound([Problem(what, "choose a new file name", wrong_use=True)])
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether the file is a page written by this module."""
-    if not path.is_file() or path.is_symlink():
-        return False
-    with path.open("rb") as stream:
-        return MARK.encode() in stream.read(2000)
 
 
 def write_page(path: Path, report: Report, dataset: DatasetFacts) -> None:
@@ -59,18 +55,17 @@ def write_page(path: Path, report: Report, dataset: DatasetFacts) -> None:
     Raises:
         DiffSynthError: if the disk refuses.
     """
-    page = page_html(report, dataset)
-    write_text(path, page.encode("utf-8", "xmlcharrefreplace").decode())  # paths can hold bytes that are no text
+    write_page_text(path, page_html(report, dataset))
 
 
 def page_html(report: Report, dataset: DatasetFacts) -> str:
     """Return the page as a string."""
-    style, script = _part("report.css"), _part("report.js")
+    style, script = base_style() + _part("report.css"), _part("report.js")
     data = page_data(report, dataset)
     summary = report.summary
     return Template(_part("report.html")).substitute(
         mark=MARK,
-        policy=_policy(style, script),
+        policy=content_policy(style, script),
         style=style,
         script=script,
         data=data.json,
@@ -90,24 +85,7 @@ def page_html(report: Report, dataset: DatasetFacts) -> str:
 
 
 def _part(name: str) -> str:
-    return (files("diffsynth_core.dataset_report") / "page" / name).read_text(encoding="utf-8")
-
-
-def _policy(style: str, script: str) -> str:
-    """Return a content security policy that allows the page's own style and script only."""
-    allowed = {
-        "default-src": "'none'",
-        "img-src": "data:",
-        "style-src": _hash_source(style),
-        "script-src": _hash_source(script),
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return "; ".join(f"{name} {value}" for name, value in allowed.items())
-
-
-def _hash_source(text: str) -> str:
-    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+    return read_part("diffsynth_core.dataset_report", name)
 
 
 def _verdict(summary: Summary) -> str:

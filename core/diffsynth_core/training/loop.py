@@ -21,7 +21,9 @@ from torch import nn
 from diffsynth_core.checkpoints.run_folder import (
     LOG,
     METRICS,
+    PAGE,
     VALIDATIONS,
+    MemoryUse,
     RunRecord,
     claim_folder,
     folder_identity,
@@ -40,8 +42,10 @@ from diffsynth_core.planning.block_swap import trained_blocks
 from diffsynth_core.planning.disk import assumed_save_seconds
 from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.engines import SHARDING_VARIABLES
+from diffsynth_core.planning.memory import device_memory
+from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import check_compilations
+from diffsynth_core.planning.sizes import check_compilations, find_workload
 from diffsynth_core.planning.trackers import chosen_trackers
 from diffsynth_core.planning.validation import validation_is_due
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
@@ -60,8 +64,10 @@ from diffsynth_core.training.observers import (
     ProgressObserver,
     StepReport,
     ValidationReport,
+    peak_memory,
 )
 from diffsynth_core.training.pace import Pace
+from diffsynth_core.training.page_observer import PageObserver
 from diffsynth_core.training.profile import ProfileObserver
 from diffsynth_core.training.schedules import learning_rate
 from diffsynth_core.training.trackers import tracker_observers
@@ -256,6 +262,8 @@ class Run:
         # Before the record: a run that does not fit leaves nothing behind, and may be given again with flags.
         try_largest(plan, model, engine, accelerator.device, reporter)
         self.record = self._open_record()
+        self.estimated_memory: int | None = None
+        self._measure_memory()
         self.seconds_before = self.record.seconds
         self.folder_id = folder_identity(self.folder)
 
@@ -275,6 +283,8 @@ class Run:
             if self.plan.parameters.profile:
                 count, device = self.plan.parameters.profile, self.accelerator.device
                 self.observers.append(ProfileObserver(self.folder, count, device, self.reporter.info))
+            self.observers.append(PageObserver(self.folder, self.reporter.warn))  # last: it shows what others wrote
+            self.reporter.info(f"`{self.folder / PAGE}` shows how the run is going, in a browser")
         try:
             self._loop(stop, stop_after)
             self._check_folder()
@@ -287,10 +297,11 @@ class Run:
             with suppress(DiffSynthError):  # a full disk must not hide what came first
                 self._finish("failed", f"{type(error).__name__}: {error}")
             raise
+        else:
+            self._finish("interrupted" if self.record.step < self.plan.data.steps.total_steps else "completed")
         finally:
             for observer in self.observers:
                 observer.on_end()
-        self._finish("interrupted" if self.record.step < self.plan.data.steps.total_steps else "completed")
         return RunResult(self.folder, self.record)
 
     def _loop(self, stop: StopRequest, stop_after: int | None) -> None:
@@ -504,6 +515,7 @@ class Run:
         # Only after the state is on disk: a kill in between must not leave a record of a step that is not saved.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
         self.record.seconds = self.seconds_before + self.pace.elapsed
+        self._measure_memory()
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
         if together:
@@ -577,9 +589,20 @@ class Run:
         self.engine.wait()
         return record
 
+    def _measure_memory(self) -> None:
+        """Record the peak of the GPU's memory so far against its estimate, which is made at the start of a command."""
+        peak = peak_memory(self.accelerator.device)
+        if peak is None or not self.accelerator.is_main_process:
+            return
+        if self.estimated_memory is None:
+            config = memory_config(self.plan, find_workload(self.plan).largest)
+            self.estimated_memory = device_memory(self.plan, config).peak
+        self.record.memory = MemoryUse(self.estimated_memory, peak)
+
     def _finish(self, status: str, failure: str | None = None) -> None:
         self.record.status, self.record.failure = status, failure
         self.record.seconds = self.seconds_before + self.pace.elapsed
+        self._measure_memory()
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
         if failure is None:  # after a failure, the last message is what was saved

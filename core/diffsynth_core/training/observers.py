@@ -116,8 +116,14 @@ class ProgressObserver(Observer):
 
 def memory_in_use(device: torch.device) -> int:
     """Return the peak memory allocated on an accelerator, or the resident memory of this process, in bytes."""
-    if device.type == "cpu":
-        import psutil
+    peak = peak_memory(device)
+    if peak is not None:
+        return peak
+    import psutil
 
-        return int(psutil.Process().memory_info().rss)
-    return torch.accelerator.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak memory allocated on an accelerator, in bytes; None for the CPU."""
+    return None if device.type == "cpu" else torch.accelerator.max_memory_allocated()

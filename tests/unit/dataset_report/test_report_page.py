@@ -24,10 +24,14 @@ from diffsynth_core.dataset_report.report_page import THUMBNAIL_SIDE, page_html,
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.progress import SilentReporter
-from tests.browser import REQUIRED, browser, console, missing, open_page, use_color_scheme
+from tests.browser import LOW_CONTRAST, REQUIRED, browser, console, missing, open_page, use_color_scheme
 
 ROOT = Path(__file__).parents[3]
-PARTS = ("report.html", "report.css", "report.js")
+PARTS = (
+    "html_page/base.css",
+    *(f"dataset_report/page/report.{suffix}" for suffix in ("html", "css", "js")),
+    *(f"run_page/page/run.{suffix}" for suffix in ("html", "css", "js")),
+)
 EVIL = (
     """</script><script>document.title = "taken"</script><img src=x onerror='document.title="taken"'><!-- "a" & 'b'"""
 )
@@ -124,12 +128,12 @@ def test_without_looking_into_files(folder: Path, depth: str) -> None:
     assert len(_data(text)["samples"]) == 5
 
 
-def test_the_wheel_carries_the_template(tmp_path: Path) -> None:
+def test_the_wheel_carries_the_templates(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"diffsynth_core/dataset_report/page/{part}" for part in PARTS} <= set(names)
+    assert {f"diffsynth_core/{part}" for part in PARTS} <= set(names)
 
 
 @pytest.fixture(scope="module")
@@ -211,33 +215,6 @@ def test_thumbnails_are_drawn_with_their_crops(opened: Chrome) -> None:
         """
     )
     assert drawn == [160, 160, 40, 80, 80]
-
-
-LOW_CONTRAST = """
-const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-const luminance = (color) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, place) => {
-  const value = rgb(color)[place] / 255;
-  return sum + weight * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-}, 0);
-function ground(element) {
-  const color = getComputedStyle(element).backgroundColor;
-  return rgb(color)[3] === 0 && element.parentElement ? ground(element.parentElement) : color;
-}
-const low = [];
-const seen = new Set();
-const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-while (texts.nextNode()) {
-  const element = texts.currentNode.parentElement;
-  if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest("title, script, style")) continue;
-  const style = getComputedStyle(element);
-  const color = element instanceof SVGElement ? style.fill : style.color;
-  const [dark, light] = [luminance(color), luminance(ground(element))].sort((one, other) => one - other);
-  seen.add(texts.currentNode.data.trim());
-  if ((light + 0.05) / (dark + 0.05) < 4.5) low.push([texts.currentNode.data.trim(), color, ground(element)]);
-}
-return [low, seen.size, getComputedStyle(document.body).backgroundColor];
-"""
-"""Visible texts with a contrast below WCAG's level AA."""
 
 
 @pytest.mark.browser

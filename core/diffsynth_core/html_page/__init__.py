@@ -1,0 +1,1 @@
+"""What the HTML pages that this program writes have in common: one file each, which asks for no other."""
