@@ -48,10 +48,12 @@ def test_a_probe_measures_and_writes_no_run(cli, images, tmp_path):
     )
     outcome = cli(*COMMON, *flags, "--probe", 3, "--price_per_hour", 3600, "--gradient_accumulation_steps", 2)
     assert outcome.code == 0, outcome.err
-    probed, speed, run, cost, memory = outcome.out.splitlines()
+    probed, speed, text, latents, run, cost, memory = outcome.out.splitlines()
     assert probed == names("Probed", "3 steps of 2 x 64 x 64 per micro-batch")
     assert speed == names("Speed", " s a step", " samples/s")
-    assert run == names("Run", "about", "for 2 steps", "at this speed", "without encoding")
+    assert run == names("Run", "about", "for 2 steps and encoding at this speed")
+    assert text == names("Encoding", "samples/s of text; 1 more takes about", " s")
+    assert latents == names("Encoding", "samples/s of latents; 3 more take about", " s")
     each = float(speed.split()[1])
     assert float(cost.split()[1]) > 2 * each, "a second costs 1, and saving takes some"
     assert float(speed.split()[5]) == pytest.approx(4 / each, rel=0.02), "two micro-batches a step"

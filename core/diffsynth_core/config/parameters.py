@@ -409,7 +409,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "int",
-        "Measure this many steps of the largest micro-batches, print speed, time and cost of the whole run and the memory on a GPU, and stop; nothing is written but the encodings of these samples",
+        "Measure this many steps of the largest micro-batches, and batches of each encoder whose encodings are missing, print speed, time and cost of the whole run and the memory on a GPU, and stop; nothing is written but the encodings of these samples",
         changes="nothing",
         unit="optimizer steps",
         documented=False,

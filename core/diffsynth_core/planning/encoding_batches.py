@@ -76,7 +76,7 @@ class EncodingBatches(Generic[Ref]):
             encode: inputs of samples of one kind -> their encodings.
             kind_of: inputs of a sample -> which are encoded with it.
         """
-        self._encode, self._kind_of = encode, kind_of
+        self._encode, self.kind_of = encode, kind_of
         self._waiting: dict[BatchKind, list[tuple[Ref, Inputs]]] = {}
 
     @classmethod
@@ -98,7 +98,7 @@ class EncodingBatches(Generic[Ref]):
 
     def add(self, ref: Ref, sample: Inputs) -> list[tuple[Ref, Encoded]]:
         """Encode a sample, or let it wait for others; return what is encoded by now."""
-        kind = self._kind_of(sample)
+        kind = self.kind_of(sample)
         waiting = self._waiting.setdefault(kind, [])
         waiting.append((ref, sample))
         return self._flush(waiting, kind) if len(waiting) == kind.size else []

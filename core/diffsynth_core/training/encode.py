@@ -1,8 +1,11 @@
 """Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef
 from diffsynth_core.planning.loading import free_device_memory
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.sizes import largest_batch
 from diffsynth_core.progress import Reporter, pluralize, verb
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.loading import load_for_run
@@ -77,6 +81,100 @@ def fill_cache(
         Interrupted: if a stop is requested; finished entries are kept.
         OutOfTime: in all processes, if the time of one of them is over; finished entries are kept.
     """
+    _check_cache(plan, reporter)
+    number, shares = share_of_samples(plan, accelerator, reporter)
+    with _out_of_time_together(accelerator):
+        for part, components in _loaded_encoders(plan, family, accelerator, reporter, stop):
+            refs = [ref for ref in part.missing if ref.sample % shares == number]
+            _encode(plan, part, family, components, refs, hash_cache(plan.output.cache), reporter, stop)
+
+
+@dataclass(frozen=True)
+class EncodingSpeed:
+    """How fast an encoder fills the cache.
+
+    Attributes:
+        encoder: its name.
+        samples_per_second: of all processes, with loading samples and writing entries.
+        missing: encodings that are still to be made.
+    """
+
+    encoder: str
+    samples_per_second: float
+    missing: int
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the missing encodings take."""
+        return self.missing / self.samples_per_second
+
+
+def measure_encoders(
+    plan: RunPlan, family: Family, accelerator: Accelerator, batches: int, reporter: Reporter, stop: StopRequest
+) -> list[EncodingSpeed]:
+    """Encode what the largest micro-batch lacks, and measure each encoder that lacks anything on one sample of it.
+
+    Args:
+        batches: of an encoder, measured after one that warms up.
+
+    Raises:
+        DiffSynthError, Interrupted, OutOfTime: as `fill_cache`.
+    """
+    _check_cache(plan, reporter)
+    number, shares = share_of_samples(plan, accelerator, reporter)
+    hashes, speeds = hash_cache(plan.output.cache), []
+    with _out_of_time_together(accelerator):
+        for part, components in _loaded_encoders(plan, family, accelerator, reporter, stop):
+            if refs := _missing_of_largest(plan, part):
+                own = [ref for ref in refs if ref.sample % shares == number]
+                _encode(plan, part, family, components, own, hashes, reporter, stop)
+                speed = shares * _samples_per_second(plan, part, family, components, refs[0], batches, stop)
+                speeds.append(EncodingSpeed(part.encoder.name, speed, len(part.missing) - len(refs)))
+    return speeds
+
+
+def _missing_of_largest(plan: RunPlan, part: EncoderPlan) -> list[EncodingRef]:
+    """Return what is missing of the largest micro-batch, or else of the largest one that lacks anything."""
+    refs: list[EncodingRef] = []
+    for among in (plan.data.steps.samples_needed(0), {ref.sample for ref in part.missing}):
+        if among and not refs:
+            members = {ref.sample for ref in largest_batch(plan, among)}
+            entries = {key for ref, key in part.keys.items() if ref.sample in members}
+            refs = [ref for ref in part.missing if part.keys[ref] in entries]
+    return refs
+
+
+@torch.no_grad()
+def _samples_per_second(
+    plan: RunPlan,
+    part: EncoderPlan,
+    family: Family,
+    components: dict[str, Any],
+    ref: EncodingRef,
+    count: int,
+    stop: StopRequest,
+) -> float:
+    """Encode a sample again and again, in `count` full batches after one that warms up, and return the speed."""
+    batches = EncodingBatches[EncodingRef].of(family, part.encoder, components)
+    sample = load_columns(plan, part.encoder, plan.data.samples.samples[ref.sample], ref.choice)
+    size = batches.kind_of(family.tokenize(part.encoder, components, sample)).size
+    refs = [ref] * size * (1 + count)
+    workers = min(plan.parameters.dataset_num_workers, len(refs))
+    begun = 0.0
+    with _Writer(part.cache) as writer:
+        for number, (_, loaded) in enumerate(iterate(_RawSamples(plan, part.encoder, refs), range(len(refs)), workers)):
+            stop.raise_if_set()
+            stop.raise_if_out_of_time()
+            for _, encoded in batches.add(ref, family.tokenize(part.encoder, components, loaded)):
+                writer.write(part.keys[ref], encoded)
+            if number + 1 == size:
+                writer.wait()
+                begun = time.perf_counter()
+    return size * count / (time.perf_counter() - begun)
+
+
+def _check_cache(plan: RunPlan, reporter: Reporter) -> None:
+    """Check that the cache can be written to, and tell which of its entries are damaged."""
     if plan.task.trains and plan.encodings.components_to_load:
         raise_if_any(folder_faults(plan.output.cache, "cache_path"))
     for part in plan.encodings.encoders:
@@ -86,10 +184,14 @@ def fill_cache(
                 f"{pluralize(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
                 f"{verb(len(part.damaged), 'is', 'are')} damaged and will be encoded again; the first is `{first}`"
             )
+
+
+@contextmanager
+def _out_of_time_together(accelerator: Accelerator) -> Iterator[None]:
+    """Raise `OutOfTime` at the end of the block in all processes, if one of them raises it."""
     late = torch.zeros((), device=accelerator.device)
-    share = share_of_samples(plan, accelerator, reporter)
     try:
-        _encode_missing(plan, family, accelerator, share, reporter, stop)
+        yield
     except OutOfTime:
         late += 1
     # Processes that have encoded their share wait here for the others, whose time may be over before.
@@ -97,16 +199,10 @@ def fill_cache(
         raise out_of_time_before_first_step()
 
 
-def _encode_missing(
-    plan: RunPlan,
-    family: Family,
-    accelerator: Accelerator,
-    share: tuple[int, int],
-    reporter: Reporter,
-    stop: StopRequest,
-) -> None:
-    """Encode the missing samples of a share, given as which of how many."""
-    number, shares = share
+def _loaded_encoders(
+    plan: RunPlan, family: Family, accelerator: Accelerator, reporter: Reporter, stop: StopRequest
+) -> Iterator[tuple[EncoderPlan, dict[str, Any]]]:
+    """Yield the encoders of each component that must be loaded, with it and its tokenizers; then free them."""
     for component in plan.encodings.components_to_load:
         stop.raise_if_set()
         stop.raise_if_out_of_time()
@@ -118,9 +214,8 @@ def _encode_missing(
         )
         for part in plan.encodings.encoders:
             if part.encoder.component == component:
-                refs = [ref for ref in part.missing if ref.sample % shares == number]
-                _encode(plan, part, family, components, refs, hash_cache(plan.output.cache), reporter, stop)
-        del components
+                yield part, components
+        components.clear()  # the caller still has the mapping
         free_device_memory(accelerator.device)
 
 
@@ -190,7 +285,7 @@ class _Writer:
         self._writes: deque[Future[None]] = deque()
         self._folders: set[Path] = set()
 
-    def write(self, key: str, encoded: Encoded, check: Callable[[], None]) -> None:
+    def write(self, key: str, encoded: Encoded, check: Callable[[], None] = lambda: None) -> None:
         """Write an entry that passes a check, after one of those before it if there are many.
 
         Raises:
@@ -200,6 +295,15 @@ class _Writer:
             self._writes.popleft().result()
         self._folders.add(self._cache.path(key).parent)
         self._writes.append(self._pool.submit(self._write, key, encoded, check))
+
+    def wait(self) -> None:
+        """Wait for all entries so far.
+
+        Raises:
+            DiffSynthError: if one of them does not pass, or cannot be written.
+        """
+        while self._writes:
+            self._writes.popleft().result()
 
     def _write(self, key: str, encoded: Encoded, check: Callable[[], None]) -> None:
         check()
@@ -211,6 +315,5 @@ class _Writer:
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         with self._pool:
             if error is None:
-                for write in self._writes:
-                    write.result()
+                self.wait()
                 list(self._pool.map(sync_folder, self._folders))

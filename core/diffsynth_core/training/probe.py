@@ -1,4 +1,4 @@
-"""The speed and memory of a run, measured on its largest micro-batch; nothing is written but encodings."""
+"""The speed and memory of a run, measured on its largest samples; nothing is written but encodings."""
 
 import time
 from collections.abc import Sequence
@@ -8,13 +8,16 @@ from functools import partial
 import torch
 
 from diffsynth_core.data.batches import BatchPlan, StepPlan
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.disk import assumed_save_seconds
+from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.memory import device_memory
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import find_workload, largest_batch
 from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.stop import StopRequest
+from diffsynth_core.training.encode import EncodingSpeed, measure_encoders
 from diffsynth_core.training.forecast import seconds_left
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.loop import load_for_steps, make_accelerator, make_optimizer
@@ -30,7 +33,8 @@ class Probed:
         batch: samples of a micro-batch, each of `shapes` (frames, height, width).
         step_seconds: of each measured step.
         samples: of a step, over all processes.
-        run_seconds: of all steps at that speed and the saves, as long as they are assumed to take; without encoding.
+        encoding: of each encoder that lacked encodings.
+        run_seconds: of all steps and missing encodings at these speeds, and of all saves as they are assumed.
         peak: bytes allocated at most on the device; None on a CPU, where it is not measured.
         estimated: bytes that the plan expects at most.
     """
@@ -39,6 +43,7 @@ class Probed:
     shapes: Sequence[tuple[int, int, int]]
     step_seconds: tuple[float, ...]
     samples: int
+    encoding: Sequence[EncodingSpeed]
     run_seconds: float
     peak: int | None
     estimated: int
@@ -59,6 +64,8 @@ def probe(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> Probed:
     """
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
+    family, count = load_family(plan.model.facts.name), plan.parameters.probe or 0
+    encoding = measure_encoders(with_encodings(plan, reporter), family, accelerator, count, reporter, stop)
     small, model, engine = load_for_steps(_of_largest(plan), accelerator, reporter, stop)
     engine.prepare(model, partial(make_optimizer, small))
     try_largest(small, model, engine, accelerator.device, reporter)
@@ -88,7 +95,9 @@ def probe(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> Probed:
         shapes=workload.largest.images,
         step_seconds=measured,
         samples=samples,
-        run_seconds=seconds_left(plan, Pace(assumed_save_seconds(plan)), 0, mean),
+        encoding=encoding,
+        run_seconds=seconds_left(plan, Pace(assumed_save_seconds(plan)), 0, mean)
+        + sum(speed.seconds_left for speed in encoding),
         peak=None if accelerator.device.type == "cpu" else torch.accelerator.max_memory_allocated(),
         estimated=estimated,
     )
