@@ -33,6 +33,7 @@ from diffsynth_core.progress import Reporter, pluralize, verb
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.machines import share_of_samples
+from diffsynth_core.training.read_ahead import ReadAhead
 from diffsynth_core.training.workers import iterate
 
 WRITING_THREADS = 8
@@ -83,8 +84,8 @@ def fill_cache(
     """
     _check_cache(plan, reporter)
     number, shares = share_of_samples(plan, accelerator, reporter)
-    with _out_of_time_together(accelerator):
-        for part, components in _loaded_encoders(plan, family, accelerator, reporter, stop):
+    with _out_of_time_together(accelerator), ReadAhead() as ahead:
+        for part, components in _loaded_encoders(plan, family, accelerator, ahead, reporter, stop):
             refs = [ref for ref in part.missing if ref.sample % shares == number]
             _encode(plan, part, family, components, refs, hash_cache(plan.output.cache), reporter, stop)
 
@@ -123,8 +124,8 @@ def measure_encoders(
     _check_cache(plan, reporter)
     number, shares = share_of_samples(plan, accelerator, reporter)
     hashes, speeds = hash_cache(plan.output.cache), []
-    with _out_of_time_together(accelerator):
-        for part, components in _loaded_encoders(plan, family, accelerator, reporter, stop):
+    with _out_of_time_together(accelerator), ReadAhead() as ahead:
+        for part, components in _loaded_encoders(plan, family, accelerator, ahead, reporter, stop):
             if refs := _missing_of_largest(plan, part):
                 own = [ref for ref in refs if ref.sample % shares == number]
                 _encode(plan, part, family, components, own, hashes, reporter, stop)
@@ -200,10 +201,20 @@ def _out_of_time_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _loaded_encoders(
-    plan: RunPlan, family: Family, accelerator: Accelerator, reporter: Reporter, stop: StopRequest
+    plan: RunPlan,
+    family: Family,
+    accelerator: Accelerator,
+    ahead: ReadAhead,
+    reporter: Reporter,
+    stop: StopRequest,
 ) -> Iterator[tuple[EncoderPlan, dict[str, Any]]]:
-    """Yield the encoders of each component that must be loaded, with it and its tokenizers; then free them."""
-    for component in plan.encodings.components_to_load:
+    """Yield the encoders of each component that must be loaded, with it and its tokenizers; then free them.
+
+    While one encodes, the files of the component that is loaded after it are read ahead, the denoiser's at last.
+    """
+    names = plan.encodings.components_to_load
+    following = (*names[1:], plan.model.facts.denoiser if plan.task.trains else None)
+    for component, after in zip(names, following, strict=False):  # of no names, none follows
         stop.raise_if_set()
         stop.raise_if_out_of_time()
         components: dict[str, Any] = load_tokenizers(
@@ -212,6 +223,8 @@ def _loaded_encoders(
         components[component] = load_for_run(
             plan, family, component, encoder_dtype(plan.machine.mixed_precision), accelerator.device, reporter
         )
+        if after and accelerator.is_local_main_process:  # processes of a machine share what the system keeps
+            ahead.begin(plan.model.components[after].paths)
         for part in plan.encodings.encoders:
             if part.encoder.component == component:
                 yield part, components
