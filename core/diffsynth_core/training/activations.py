@@ -24,8 +24,10 @@ class OffloadActivations(saved_tensors_hooks):
     Copies run beside the computation, which frees a tensor only once it is copied.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copies: CopyStream | None = None) -> None:
+        """`copies`: of tensors on any device; None: those of the device of each tensor, unless that is the CPU."""
         super().__init__(self._to_host, _from_host)
+        self._copies = copies
         self._last: ref[HostActivation] | None = None
         self._leaving: deque[tuple[Tensor, CopyStream, Event]] = deque()
 
@@ -34,11 +36,11 @@ class OffloadActivations(saved_tensors_hooks):
         self._wait_for_all_but(0)
 
     def _to_host(self, tensor: Tensor) -> "Tensor | HostActivation":
-        if is_weight(tensor) or tensor.device.type == "cpu":
+        if is_weight(tensor) or (self._copies is None and tensor.device.type == "cpu"):
             return tensor
         pinned = tensor.device.type == "cuda"
         waiting = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned)
-        packed = HostActivation(tensor, waiting, copy_stream(tensor.device), self._last)
+        packed = HostActivation(tensor, waiting, self._copies or copy_stream(tensor.device), self._last)
         self._leaving.append((tensor.detach(), packed.copies, packed.copied))
         self._wait_for_all_but(LEAVING)
         self._last = ref(packed)
