@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffsynth_core.config.resolve import resolve
@@ -152,12 +153,16 @@ def test_after_a_value_that_is_not_finite_the_last_state_stands(run, spoil, tmp_
         update = FusedEngine._update
         patch.setattr(FusedEngine, "_update", lambda self, weight: updated.append(weight) or update(self, weight))
         spoil(what)
-        run("out", **KINDS["lora"], **FUSED, save_state_steps=2)
+        run("out", **KINDS["lora"], **FUSED, save_state_steps=2, save_steps=1)
     [problem] = caught.value.problems
     assert problem.message.startswith(f"the {what} is not finite in step 4; the state after step 2 is saved in ")
     assert "max_grad_norm" not in problem.hint  # which is rejected with it
     assert len(updated) == 4 * len(set(updated))  # the loss is read after its backward pass, with the norm
-    assert [path.name for path in (tmp_path / "out/state").iterdir()] == ["step-2"]
+    out = tmp_path / "out"
+    assert [path.name for path in (out / "state").iterdir()] == ["step-2"]
+    assert sorted(path.stem for path in out.glob("*.safetensors")) == ["step-1", "step-2", "step-3"]
+    written = [tensor for path in out.rglob("*.safetensors") for tensor in load_file(path).values()]
+    assert all(tensor.isfinite().all() for tensor in written), "no update by NaN reaches the disk"
     monkeypatch.undo()
     check_equal(run("through", **KINDS["lora"]), run("out", **KINDS["lora"], **FUSED, resume="auto"))
 
