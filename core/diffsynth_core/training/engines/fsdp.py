@@ -19,7 +19,7 @@ from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
-from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.engines.dividing import DividingEngine
 from diffsynth_core.training.engines.gradients import norm_of
 from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
@@ -27,7 +27,7 @@ from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.weights.writing import LazyStateDict
 
 
-class ShardedEngine(Engine):
+class ShardedEngine(DividingEngine):
     """Every process holds some rows of each parameter, with their gradients and optimizer state.
 
     The blocks of a component are gathered one after the other while they compute; everything outside of blocks is
@@ -43,13 +43,13 @@ class ShardedEngine(Engine):
     def __init__(
         self, accelerator: Accelerator, max_grad_norm: float | None, choice: EngineChoice, facts: FamilyFacts
     ) -> None:
-        self._accelerator, self._limit, self._choice, self._facts = accelerator, max_grad_norm, choice, facts
+        super().__init__(accelerator)
+        self._limit, self._choice, self._facts = max_grad_norm, choice, facts
         return_freed_memory()
         device = accelerator.device
         if not distributed.is_initialized():  # a single process: accelerate makes no group for it
             distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         self._mesh = init_device_mesh(device.type, (accelerator.num_processes,))
-        self._updating = False
 
     def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
         parent, _, leaf = name.rpartition(".")
@@ -72,7 +72,7 @@ class ShardedEngine(Engine):
         return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
-        move_buffers(model, self._accelerator.device)  # from host memory where the weights are offloaded
+        move_buffers(model, self.accelerator.device)  # from host memory where the weights are offloaded
         self._shard(model)
         self._trained = model.trained()
         # They share memory with the parameters, which FSDP never replaces.
@@ -99,7 +99,7 @@ class ShardedEngine(Engine):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, empty[share])
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        on_gpu = self._accelerator.device.type != "cpu"
+        on_gpu = self.accelerator.device.type != "cpu"
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if self._choice.offload_weights else OffloadPolicy()
         shard = partial(fully_shard, mesh=self._mesh, mp_policy=policy, offload_policy=offload)
         for name, component in model.components.items():
@@ -111,7 +111,7 @@ class ShardedEngine(Engine):
         model.load_state_dict(shares, strict=False, assign=True)
 
     def try_out(self, micro_batch: MicroBatch, reserved: int) -> Tensor:
-        taken = torch.empty(reserved, dtype=torch.uint8, device=self._accelerator.device)
+        taken = torch.empty(reserved, dtype=torch.uint8, device=self.accelerator.device)
         losses = self._run(micro_batch, 1.0, True)
         del taken
         self._clear()
@@ -127,7 +127,7 @@ class ShardedEngine(Engine):
 
     def _forward(self, micro_batch: MicroBatch) -> Tensor:
         # A cache would keep copies of gathered weights that FSDP frees.
-        with self._accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             losses: Tensor = self._module(micro_batch)
         return losses
 
@@ -149,24 +149,15 @@ class ShardedEngine(Engine):
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
         return losses.detach()
 
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        total = values.clone()
-        distributed.all_reduce(total, group=self._mesh.get_group())
-        return total
-
     def gradient_norm(self) -> Tensor:
         for name, sharded in self._trained.items():
             if isinstance(sharded.grad, DTensor):
                 self._own[name].grad = sharded.grad.to_local()
         norm = norm_of([own.grad for own in self._own.values() if own.grad is not None])
-        norm = self.sum_over_processes(norm.to(self._accelerator.device).square()).sqrt()
+        norm = self.sum_over_processes(norm.to(self.accelerator.device).square()).sqrt()
         if self._limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self._own.values(), self._limit, norm)
         return norm
-
-    @property
-    def skips_overflow(self) -> bool:
-        return False
 
     def step(self) -> bool:
         self._updating = True
@@ -179,21 +170,13 @@ class ShardedEngine(Engine):
         for parameter in (*self._trained.values(), *self._own.values()):
             parameter.grad = None
 
-    @property
-    def updating(self) -> bool:
-        return self._updating
-
-    @property
-    def gathers(self) -> bool:
-        return True
-
     def whole(self, tensor: Tensor) -> Tensor:
         return self._gather(_rows_of(tensor), tensor.shape) if isinstance(tensor, DTensor) else tensor.detach()
 
     def _gather(self, rows: Tensor, shape: torch.Size) -> Tensor:
         # On the device, where processes communicate; offloaded rows are on the host. Each process sends its rows to
         # their place: an all-gather may hold the tensor twice.
-        whole = torch.empty(shape, dtype=rows.dtype, device=self._accelerator.device)
+        whole = torch.empty(shape, dtype=rows.dtype, device=self.accelerator.device)
         whole[self._rows(len(whole))] = rows
         for rank in range(self._mesh.size()):
             part = whole[self._rows(len(whole), rank)]
@@ -212,12 +195,9 @@ class ShardedEngine(Engine):
         name = key.rpartition("/")[0]
         return self._gather(moment, self._trained[name].shape) if moment.shape == self._own[name].shape else moment
 
-    def scaler_state(self) -> dict[str, int | float]:
-        return {}
-
     def restore(self, saved: SavedState) -> None:
         shapes = {name: tuple(sharded.shape) for name, sharded in self._trained.items()}
-        weights, moments = read_and_send(saved, shapes, len(self._optimizer.param_groups), self._accelerator)
+        weights, moments = read_and_send(saved, shapes, len(self._optimizer.param_groups), self.accelerator)
         with torch.no_grad():
             for name, own in self._own.items():
                 whole = weights[name]
@@ -227,9 +207,6 @@ class ShardedEngine(Engine):
             for key, whole in moments.items()
         }
         restore_optimizer(self._own, self._optimizer, own_moments, saved.loop_state.optimizer)
-
-    def wait(self) -> None:
-        self._accelerator.wait_for_everyone()
 
 
 def _rows_of(parameter: Tensor) -> Tensor:

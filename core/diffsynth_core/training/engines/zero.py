@@ -24,7 +24,7 @@ from diffsynth_core.host_memory import return_freed_memory
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
 from diffsynth_core.planning.sharding import REDUCE_BUCKET
-from diffsynth_core.training.engines.engine import Engine
+from diffsynth_core.training.engines.dividing import DividingEngine
 from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
@@ -34,7 +34,7 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 """Engine -> what DeepSpeed divides: optimizer state; gradients too; weights too."""
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(DividingEngine):
     """Several processes, each of which updates its part of all trained numbers, flattened, in float32.
 
     From stage 3 on each holds only its part of the weights as well, frozen ones too, which are gathered for the time of
@@ -42,7 +42,8 @@ class ZeroEngine(Engine):
     """
 
     def __init__(self, accelerator: Accelerator, max_grad_norm: float | None, choice: EngineChoice) -> None:
-        self._accelerator, self._stage = accelerator, STAGES[choice.name]
+        super().__init__(accelerator)
+        self._stage = STAGES[choice.name]
         if self._stage == 3:
             return_freed_memory()
         self._deepspeed = _open_deepspeed(accelerator)
@@ -51,7 +52,6 @@ class ZeroEngine(Engine):
         """Keeps this process's part of whole parameters, which are the same in all processes."""
         self._engine: Any = None
         """Of DeepSpeed, once the module is prepared."""
-        self._updating = False
 
     def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
         place(component, name, tensor)
@@ -67,9 +67,9 @@ class ZeroEngine(Engine):
 
     def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
         self._trained: dict[str, nn.Parameter] = model.trained()
-        move_buffers(model, self._accelerator.device)  # from host memory where the weights are offloaded
+        move_buffers(model, self.accelerator.device)  # from host memory where the weights are offloaded
         # A cache would keep copies of gathered weights that DeepSpeed frees.
-        module = _UnderAutocast(model, self._accelerator, AutocastKwargs(cache_enabled=self._stage < 3))
+        module = _UnderAutocast(model, self.accelerator, AutocastKwargs(cache_enabled=self._stage < 3))
         self._optimizer = make_optimizer(self._trained)
         self._settings["zero_optimization"]["reduce_bucket_size"] = min(
             self._settings["zero_optimization"]["reduce_bucket_size"],
@@ -78,7 +78,7 @@ class ZeroEngine(Engine):
         self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=self._optimizer, config=self._settings)
 
     def try_out(self, micro_batch: MicroBatch, reserved: int) -> Tensor:
-        taken = torch.empty(reserved, dtype=torch.uint8, device=self._accelerator.device)
+        taken = torch.empty(reserved, dtype=torch.uint8, device=self.accelerator.device)
         # The gradients are zeros, to which those of the first step are added: DeepSpeed can forget none.
         losses = self.forward_backward(micro_batch, weight=0.0, last=False)
         del taken
@@ -99,10 +99,6 @@ class ZeroEngine(Engine):
         self._engine.backward(losses.sum() * weight, scale_wrt_gas=False)
         return losses.detach()
 
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        total: Tensor = self._accelerator.reduce(values, "sum")
-        return total
-
     def gradient_norm(self) -> Tensor:
         # Computed once more in the step, which clips by it. DeepSpeed tells it publicly only after the step.
         norm: Tensor
@@ -112,24 +108,12 @@ class ZeroEngine(Engine):
             norm = combine_grad_norm_groups(self._engine.optimizer._get_norm_groups())
         else:
             norm = self._engine.optimizer.scaled_global_norm()
-        return norm.to(self._accelerator.device)
-
-    @property
-    def skips_overflow(self) -> bool:
-        return False
+        return norm.to(self.accelerator.device)
 
     def step(self) -> bool:
         self._updating = True
         self._engine.step()
         self._updating = False
-        return True
-
-    @property
-    def updating(self) -> bool:
-        return self._updating
-
-    @property
-    def gathers(self) -> bool:
         return True
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -161,13 +145,10 @@ class ZeroEngine(Engine):
             value = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
         return value
 
-    def scaler_state(self) -> dict[str, int | float]:
-        return {}
-
     def restore(self, saved: SavedState) -> None:
         shapes = {name: tuple(_shape(parameter)) for name, parameter in self._trained.items()}
         values = saved.loop_state.optimizer
-        weights, moments = read_and_send(saved, shapes, len(self._optimizer.param_groups), self._accelerator)
+        weights, moments = read_and_send(saved, shapes, len(self._optimizer.param_groups), self.accelerator)
         kinds = {kind: moments[key] for kind, key in {key.rpartition("/")[2]: key for key in moments}.items()}
         for part in self._parts():
             state = self._optimizer.state[part]
@@ -185,7 +166,7 @@ class ZeroEngine(Engine):
                     key = f"{name}/{kind}"
                     if example.dim() and key in moments:  # otherwise it has had no gradient
                         self._set_part(parameter, moments[key], kind)
-        restore_groups(self._optimizer, values.groups, self._accelerator.device)
+        restore_groups(self._optimizer, values.groups, self.accelerator.device)
 
     def _parts(self) -> list[Tensor]:
         """Return the flat parts of the trained numbers that this process updates."""
@@ -198,7 +179,7 @@ class ZeroEngine(Engine):
     def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         if self._stage == 3:
             with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if self._accelerator.is_main_process:
+                if self.accelerator.is_main_process:
                     parameter.copy_(value)
         else:
             parameter.copy_(value)
@@ -210,7 +191,7 @@ class ZeroEngine(Engine):
         if self._stage == 3:
             # Cut here, because `safe_set_full_…` of DeepSpeed 0.19 fails where the number of processes does not divide
             # the size.
-            size, index = parameter.ds_tensor.numel(), self._accelerator.process_index  # type: ignore[attr-defined]
+            size, index = parameter.ds_tensor.numel(), self.accelerator.process_index  # type: ignore[attr-defined]
             own = value.flatten()[size * index : size * (index + 1)]
             own = functional.pad(own, (0, size - own.numel()))
             set_weight, set_moment = tools.safe_set_local_fp32_param, tools.safe_set_local_optimizer_state
@@ -220,9 +201,6 @@ class ZeroEngine(Engine):
             set_weight(parameter, own)
         else:
             set_moment(parameter, own, kind)
-
-    def wait(self) -> None:
-        self._accelerator.wait_for_everyone()
 
 
 class _UnderAutocast(nn.Module):
