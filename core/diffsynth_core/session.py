@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.config.durations import duration_seconds
-from diffsynth_core.config.resolve import Resolved, resolve_stages
+from diffsynth_core.config.resolve import Resolved, resolve_stages, with_values_of_launcher
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted, OutOfTime, Problem, raise_if_any
 from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.client import downloads_disabled
@@ -74,7 +74,7 @@ class Session:
         world_size: int = 1,
         engine: EngineChoice = REPLICATED,
     ) -> None:
-        self.stages = stages
+        self.stages = [with_values_of_launcher(stage, engine.stated) for stage in stages]
         self.reporter: Reporter = reporter or SilentReporter()
         self.world_size, self.engine = world_size, engine
 

@@ -150,6 +150,8 @@ def test_a_documented_launch_writes_the_checkpoint_of_one_process(
     assert process.returncode == 0, errors
     assert reported.count("Checkpoint  ") == 1, "one process tells"
     assert "Warning" not in errors, errors
+    overridden = "`mixed_precision` is `no` (`--mixed_precision`), which takes precedence over `bf16`"
+    assert (overridden in errors) == any("mixed_precision" in FILES.get(word, {}) for word in launcher)
     check_same(folder / name / "epoch-0.safetensors", alone(recipe))
 
 

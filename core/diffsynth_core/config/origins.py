@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from diffsynth_core.config.recipes import Overrides
 
-Kind = Literal["default", "recipe", "config", "flag", "fit"]
+Kind = Literal["default", "recipe", "launcher", "config", "flag", "fit"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Origin:
 
 
 DEFAULT = Origin("default", "the default")
+
+
+class Stated(NamedTuple):
+    """A value that a launcher states for a parameter, as its configuration writes it; `source`: that, for messages."""
+
+    name: str
+    value: Any
+    source: str
 
 
 @dataclass(frozen=True)

@@ -496,7 +496,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "str",
-        "Configuration for accelerate's launcher: a preset (ddp, fsdp2, fsdp2offload, zero2, zero2offload, zero3) or a file; default: the one written by `accelerate config`, if any",
+        "Configuration for accelerate's launcher: a preset (ddp, fsdp2, fsdp2offload, zero2, zero2offload, zero3) or a file, whose mixed_precision, gradient_accumulation_steps and gradient_clipping override a recipe; default: the one written by `accelerate config`, if any",
         changes="speed",
         documented=False,
     )

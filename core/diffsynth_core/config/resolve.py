@@ -14,7 +14,7 @@ from diffsynth_core.config.arguments import StrayWord, unknown_arguments
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.config.durations import nearest_durations
 from diffsynth_core.config.gpu_memory import nearest_memory
-from diffsynth_core.config.origins import DEFAULT, Kind, Origin, Source, levels_of, merge, rank_sources
+from diffsynth_core.config.origins import DEFAULT, Kind, Origin, Source, Stated, levels_of, merge, rank_sources
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.recipes import Overrides, Recipe, load_config, load_recipe
 from diffsynth_core.config.tasks import TASKS
@@ -34,6 +34,7 @@ class Resolved:
         origins: name -> where the value comes from, for parameters that are set.
         stage: None if there are no stages.
         family_defaults: names of parameters that are at a default of this family only.
+        warnings: values that others take precedence over, where that may surprise.
     """
 
     parameters: Parameters
@@ -44,6 +45,7 @@ class Resolved:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     stage: str | None = None
     family_defaults: tuple[str, ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
     def origin(self, name: str) -> Origin:
         """Return where the value of a parameter comes from."""
@@ -146,6 +148,33 @@ def resolve_recorded(
         given = Overrides({name: value for name, value in flags.items() if name not in valueless})
         sources = rank_sources([("config", source, Overrides(dict(recorded))), ("flag", "command line", given)])
     return _resolve_one(sources, None, None, family, tuple(problems), False, valueless)
+
+
+def with_values_of_launcher(resolved: Resolved, stated: Sequence[Stated]) -> Resolved:
+    """Return the parameters with values that a launcher states: they take precedence over those of a recipe, while
+    flags and the `--config` file take precedence over them, with a warning that names both.
+    """
+    origins = {name: Origin("launcher", source) for name, _, source in stated}
+    read, wrong, problems = _validate({name: value for name, value, _ in stated}, origins)
+    taken: dict[str, Any] = {}
+    warnings = []
+    for name, written, source in stated:
+        value, own, by = getattr(read, name), getattr(resolved.parameters, name), resolved.origin(name)
+        if name in wrong | resolved.invalid:
+            continue
+        if by.kind not in ("flag", "config"):
+            taken[name] = value
+        elif value != own:
+            what = f"`{name}` is `{own}` ({by}), which takes precedence over `{written}` ({source})"
+            warnings.append(Problem(what, "remove one of them"))
+    return replace(
+        resolved,
+        parameters=resolved.parameters.model_copy(update=taken),
+        problems=(*resolved.problems, *problems),
+        invalid=resolved.invalid | wrong,
+        origins={**resolved.origins, **{name: origins[name] for name in taken}},
+        warnings=(*resolved.warnings, *warnings),
+    )
 
 
 def _resolve_one(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from diffsynth_core.config.origins import Stated
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, list_names
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
@@ -62,7 +63,7 @@ class EngineChoice:
         offload_weights: whether what a process holds of the weights is in host memory between its uses.
         reshards: whether weights are divided again after the forward pass, and gathered once more for the backward
             pass; only of engines that divide weights.
-        max_grad_norm: at which its configuration clips gradients; None: it does not say.
+        stated: values of the run's parameters in its configuration.
         tuning: entries of `zero_optimization` that DeepSpeed is given besides, by name.
         problems: why it cannot be used, whatever the run.
     """
@@ -71,7 +72,7 @@ class EngineChoice:
     offload_optimizer: bool = False
     offload_weights: bool = False
     reshards: bool = True
-    max_grad_norm: float | None = None
+    stated: tuple[Stated, ...] = ()
     tuning: tuple[tuple[str, bool | int | float], ...] = ()
     problems: tuple[Problem, ...] = ()
 
@@ -86,10 +87,22 @@ SHARDING_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELE
 """Variables by which accelerate's launcher asks for an engine (`accelerate/utils/launch.py`)."""
 
 
+STATED_FOR_DEEPSPEED = {
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+"""Entries of an accelerate configuration for DeepSpeed, or of DeepSpeed's own, -> the parameter that they state."""
+UNSTATED = {
+    "mixed_precision": ("none", "auto", "no", "false"),
+    "gradient_accumulation_steps": ("none", "auto", "1"),
+    "max_grad_norm": ("none", "auto", "0", "0.0"),
+}
+"""Parameter -> values of a configuration that state nothing: among them the defaults of accelerate's launcher, with
+which it fills in what is not said, and which `accelerate config` writes into every file."""
 REFUSED = {"optimizer": "optimizer", "scheduler": "lr_scheduler"}
 """Sections of a DeepSpeed configuration -> the parameter that says it here."""
 WITHOUT_EFFECT = (
-    "zero_optimization", "gradient_clipping", "bf16", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "zero_optimization", "gradient_clipping", "bf16", "fp16", "train_batch_size", "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps", "activation_checkpointing", "steps_per_print", "wall_clock_breakdown",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
@@ -115,15 +128,16 @@ def engine_of_configuration(settings: Mapping[str, Any], source: str) -> EngineC
         source: its name, for messages.
     """
     kind = str(settings.get("distributed_type") or "NO")
+    choice, source = REPLICATED, f"`{source}`"
     if kind == "MEGATRON_LM":
-        return _unsupported(f"`{source}` launches with Megatron-LM")
+        choice = _unsupported(f"{source} launches with Megatron-LM")
     if kind == "FSDP":
-        return _fsdp(
+        choice = _fsdp(
             {name.removeprefix("fsdp_"): value for name, value in (settings.get("fsdp_config") or {}).items()}, source
         )
     if kind == "DEEPSPEED":
-        return _deepspeed(settings.get("deepspeed_config") or {}, source)
-    return REPLICATED
+        choice = _deepspeed(settings.get("deepspeed_config") or {}, source)
+    return _with_stated(choice, {"mixed_precision": settings.get("mixed_precision")}, source)
 
 
 def engine_of_environment(environment: Mapping[str, str]) -> EngineChoice:
@@ -135,22 +149,35 @@ def engine_of_environment(environment: Mapping[str, str]) -> EngineChoice:
     def is_set(name: str) -> bool:
         return environment.get(name, "false").lower() == "true"
 
+    choice = REPLICATED
     if is_set("ACCELERATE_USE_MEGATRON_LM"):
-        return _unsupported("launched with Megatron-LM")
+        choice = _unsupported("launched with Megatron-LM")
     if is_set("ACCELERATE_USE_FSDP"):
         found = {
             name.removeprefix("FSDP_").lower(): value for name, value in environment.items() if name.startswith("FSDP_")
         }
-        return _fsdp(found, "the launcher")
+        choice = _fsdp(found, "the launcher")
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         prefix = "ACCELERATE_DEEPSPEED_"
-        found = {
+        options = {
             name.removeprefix(prefix).lower(): value for name, value in environment.items() if name.startswith(prefix)
         }
         renamed = {"config_file": "deepspeed_config_file"}
-        found["gradient_clipping"] = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-        return _deepspeed({renamed.get(name, name): value for name, value in found.items()}, "the launcher")
-    return REPLICATED
+        stated = {name: environment.get(f"ACCELERATE_{name.upper()}") for name in STATED_FOR_DEEPSPEED}
+        options = {renamed.get(name, name): value for name, value in options.items()}
+        choice = _deepspeed(options | stated, "the launcher")
+    return _with_stated(choice, {"mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION")}, "the launcher")
+
+
+def _with_stated(choice: EngineChoice, stated: Mapping[str, Any], source: str) -> EngineChoice:
+    """Return a choice with what a configuration states about the run, besides what another one has stated already."""
+    known = {name for name, *_ in choice.stated}
+    told = [
+        Stated(name, value, source)
+        for name, value in stated.items()
+        if name not in known and str(value).lower() not in UNSTATED[name]
+    ]
+    return replace(choice, stated=(*choice.stated, *told))
 
 
 def _unsupported(what: str) -> EngineChoice:
@@ -201,7 +228,9 @@ def _deepspeed_file(path: Path) -> EngineChoice:
     if unused:
         what = f"`{path}` sets {list_names(unused)}, which {verb(len(unused), 'is', 'are')} not used here"
         problems = (*problems, Problem(what, "remove what is named", wrong_use=True))
-    return replace(choice, tuning=tuple(tuning.items()), problems=problems)
+    enabled = [name for name in ("bf16", "fp16") if _is_true((settings.get(name) or {}).get("enabled"))]
+    choice = replace(choice, tuning=tuple(tuning.items()), problems=problems)
+    return _with_stated(choice, {"mixed_precision": enabled[0] if enabled else None}, f"`{path}`")
 
 
 def _zero(stage: Any, devices: Mapping[str, str], settings: Mapping[str, Any], source: str) -> EngineChoice:
@@ -224,14 +253,14 @@ def _zero(stage: Any, devices: Mapping[str, str], settings: Mapping[str, Any], s
         if name in settings:
             what = f"{source} sets DeepSpeed's `{name}`, which is a parameter of the run here"
             problems.append(Problem(what, f"remove it, and pass `--{parameter}`", wrong_use=True))
-    clipping = settings.get("gradient_clipping")
-    return EngineChoice(
+    found = EngineChoice(
         name=choice or "replicated",  # type: ignore[arg-type]
         offload_optimizer=devices["optimizer"] == "cpu",
         offload_weights=devices["param"] == "cpu" and choice == "zero3",  # below, weights are not divided
-        max_grad_norm=None if clipping in (None, "none", "auto") else float(clipping),
         problems=tuple(problems),
     )
+    stated = {parameter: settings.get(name) for name, parameter in STATED_FOR_DEEPSPEED.items()}
+    return _with_stated(found, stated, source)
 
 
 def _is_true(value: Any) -> bool:
@@ -318,11 +347,6 @@ def engine_problems(
 ) -> Iterator[Problem]:
     """Yield why a run cannot train with its engine."""
     yield from engine.problems
-    if engine.max_grad_norm not in (None, parameters.max_grad_norm or 0.0):
-        what = f"`gradient_clipping` of the launcher is {engine.max_grad_norm}, but `max_grad_norm` {{}}"
-        asked = "is not set" if parameters.max_grad_norm is None else f"is {parameters.max_grad_norm}"
-        hint = f"remove the one, or pass `--max_grad_norm {engine.max_grad_norm}`"
-        yield Problem(what.format(asked), hint, wrong_use=True)
     if engine.spec.package:
         yield from missing_package(engine.spec.title, engine.spec.package)
     yield from exclusions(parameters, optimizer, mixed_precision, engine)

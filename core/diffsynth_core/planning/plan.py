@@ -226,10 +226,12 @@ def _warnings_of_training(
 
 
 def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
-    """Yield warnings about a dataset that the user did not choose, and about unusual properties of the dataset.
+    """Yield warnings about values that others take precedence over, about a dataset that the user did not choose, and
+    about unusual properties of the dataset.
 
     A rehearsal uses small images on purpose.
     """
+    yield from resolved.warnings
     origin = resolved.origin("dataset_base_path")
     rehearsal = resolved.parameters.rehearse
     if samples.samples and not rehearsal and origin.kind in ("default", "recipe"):
