@@ -17,6 +17,7 @@ import psutil
 from diffsynth_cli import REPORTS, ranks
 from diffsynth_cli.errors import Ending
 from diffsynth_cli.printing import echo
+from diffsynth_cli.rendezvous import Rendezvous, errors_sent, wait_for_machines
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
@@ -178,6 +179,18 @@ class Launch:
         return not is_launched() and (self.processes > 1 or self.is_asked)
 
     @property
+    def rendezvous(self) -> Rendezvous | None:
+        """Where several machines wait for each other; None: there is one, or no address."""
+        if self.machines == 1 or self.main_process_ip is None or self.main_process_port is None:
+            return None
+        return Rendezvous(
+            address=self.main_process_ip,
+            port=self.main_process_port,
+            machines=self.machines,
+            rank=self.machine_rank,
+        )
+
+    @property
     def words(self) -> list[str]:
         """Options of accelerate's launcher."""
         options = ["--num_processes", str(self.processes)]
@@ -210,7 +223,7 @@ def launch(flags: Mapping[str, Any], asked: Launch, device: str) -> int:
     them half a minute. A second signal ends them at once.
 
     Raises:
-        DiffSynthError: if there are fewer GPUs than processes.
+        DiffSynthError: if there are fewer GPUs than processes, or another machine cannot start.
     """
     import torch
 
@@ -220,13 +233,15 @@ def launch(flags: Mapping[str, Any], asked: Launch, device: str) -> int:
         environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
     elif torch.accelerator.device_count() < here:
         there = torch.accelerator.device_count()
-        raise DiffSynthError(
-            f"{here} processes on this machine need as many GPUs, but {there} are available",
-            f"request {there * asked.machines} in total",
-        )
-    if asked.machines > 1:
+        with errors_sent(asked.rendezvous):
+            raise DiffSynthError(
+                f"{here} processes on this machine need as many GPUs, but {there} are available",
+                f"request {there * asked.machines} in total",
+            )
+    if asked.rendezvous:
         where = f"{asked.main_process_ip}:{asked.main_process_port}"
         echo(f"Machine {asked.machine_rank} of {asked.machines} waits for the others at {where}", err=True)
+        wait_for_machines(asked.rendezvous)
     command = [*LAUNCHER, *asked.words, "-m", "diffsynth_cli", "train", *as_words(flags)]
     with TemporaryDirectory(prefix="diffsynth-") as folder:
         reports = Path(folder)

@@ -18,6 +18,7 @@ from diffsynth_cli.errors import exit_code_of, lines_for_log, sentence_of
 from diffsynth_cli.launching import Launch
 from diffsynth_cli.printing import echo, echo_line, echo_styled
 from diffsynth_cli.ranks import in_company
+from diffsynth_cli.rendezvous import errors_sent, notify
 from diffsynth_cli.streams import stdout_as_messages
 from diffsynth_cli.text.download import plan_lines as download_lines
 from diffsynth_cli.text.estimate import (
@@ -154,13 +155,17 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter, l
         for line in download_lines(download):
             messages.info(line)
 
-    session.download(show, messages)
-    plans = session.plan()
+    with errors_sent(launch.rendezvous):
+        session.download(show, messages)
+        plans = session.plan()
+        if launch.is_needed:
+            session.check_machine(plans)  # without a launcher, `Session.train` does
     if not plans:
+        if launch.rendezvous:
+            notify(launch.rendezvous, "its run is complete")
         return 0
     first = next(iter(plans.values()))
     if launch.is_needed:
-        session.check_machine(plans)  # without a launcher, `Session.train` does
         return launching.launch(_with_fitted(flags, plans), launch, first.machine.device)
 
     def announce(stage: str | None, plan: "RunPlan") -> None:

@@ -34,10 +34,15 @@ class Machines:
     def output(self, rank: int) -> Path:
         return self._folder / f"machine-{rank}" / "out"
 
-    def start(self, *flags: str) -> list["subprocess.Popen[str]"]:
+    def start(self, *flags: str, refused: int | None = None) -> list["subprocess.Popen[str]"]:
+        """Start both; `refused`: the rank of one whose metadata is missing."""
         meeting = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
         meeting += ["--main_process_port", str(free_port())]
-        return [self._start(rank, [*meeting, "--machine_rank", str(rank), *flags]) for rank in range(2)]
+        wrong = ["--dataset_metadata_path", "no_such.csv"]
+        return [
+            self._start(rank, [*meeting, "--machine_rank", str(rank), *flags, *(wrong if rank == refused else [])])
+            for rank in range(2)
+        ]
 
     def _start(self, rank: int, flags: list[str]) -> "subprocess.Popen[str]":
         home = self._folder / f"machine-{rank}"
@@ -122,6 +127,19 @@ def test_a_killed_process_ends_both_machines(machines):
     assert seconds < 30
     assert "Traceback" not in errors[0] + errors[1]
     assert list(two.output(0).glob("state/step-*")), "the last state is whole"
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_machine_that_cannot_start_ends_the_other_one(machines, refused):
+    started = machines(True).start(refused=refused)
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert "no_such.csv" in errors[refused]
+    assert f"machine {refused} of 2 cannot start" in errors[1 - refused] and "no_such.csv" in errors[1 - refused]
+    assert started[1 - refused].returncode == 1 and started[refused].returncode != 0, errors
 
 
 @pytest.mark.long
