@@ -97,21 +97,24 @@ def test_an_engine_trains_what_one_process_does(place, engine, cases):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", OF_EACH_KIND)
-def test_a_run_goes_on_in_one_process_and_in_two_again(place, engine):
+@pytest.mark.parametrize(
+    ("engine", "other"),
+    [("fsdp2", "zero2"), ("zero2", "fsdp2"), ("fsdp2 offload", "zero3 offload"), ("zero3 offload", "fsdp2 offload")],
+)
+def test_a_run_goes_on_in_one_process_and_in_two_with_another_engine(place, engine, other):
     """Of nine steps, three each; the losses are those of a run that never stopped."""
     more = ("--dataset_repeat", "6", "--save_steps", "3")
     outputs = {place.folder / f"{engine}-resumed-{task}": place.flags(("qwen-image", task, more)) for task in TASKS}
-    for last in ("3", "6", "9"):
+    for last, trained_by in (("3", engine), ("6", None), ("9", other)):
         pieces = {output: (*flags, "--max_steps", last, "--resume", "auto") for output, flags in outputs.items()}
-        if last == "6":
+        if trained_by is None:
             for output, flags in pieces.items():
                 place.train_alone(output, *flags, "--gradient_accumulation_steps", "2")
         else:
-            place.train_in_two(engine, pieces)
+            place.train_in_two(trained_by, pieces)
     for output, flags in outputs.items():
         through = place.train_alone(place.output(), *flags, "--max_steps", "9", "--gradient_accumulation_steps", "2")
         assert len(losses_of(output)) == 9
         losses, weights = difference(through, output)
-        print(f"{engine}, resumed: losses off by {losses:.1e}, weights by {weights:.1e}")
+        print(f"{engine}, one process, {other}: losses off by {losses:.1e}, weights by {weights:.1e}")
         assert losses < 1e-5 and weights < 1e-5
