@@ -15,6 +15,8 @@ from diffsynth_core.run_page.facts import RunFacts
 SOURCES = ("recipe", "config", "only")
 """Parameters that say where the others come from."""
 COMMAND_STARTS = "diffsynth"
+TITLES = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
+"""LoRA format -> the program that reads it."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ def next_commands(facts: RunFacts) -> list[NextCommand]:
     commands.append(NextCommand(purpose, f"{COMMAND_STARTS} generate --run {_quoted(folder)}{option}"))
     trains_lora, in_full = record.parameters.get("lora_base_model"), record.parameters.get("trainable_models")
     if trains_lora and not in_full:
-        target = checkpoint.with_name(f"{checkpoint.stem}-comfyui.safetensors")
-        line = f"{COMMAND_STARTS} convert-lora {_quoted(checkpoint)} --to comfyui --output_path {_quoted(target)}"
-        commands.append(NextCommand("Convert the LoRA for ComfyUI", line))
+        name = "diffusers" if record.parameters.get("lora_format") == "comfyui" else "comfyui"
+        target = checkpoint.with_name(f"{checkpoint.stem}-{name}.safetensors")
+        line = f"{COMMAND_STARTS} convert-lora {_quoted(checkpoint)} --to {name} --output_path {_quoted(target)}"
+        commands.append(NextCommand(f"Convert the LoRA for {TITLES[name]}", line))
     else:
         target = folder / f"{checkpoint.stem}-parts"
         line = f"{COMMAND_STARTS} split-ckpt {_quoted(checkpoint)} --output_path {_quoted(target)}"

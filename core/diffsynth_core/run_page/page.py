@@ -46,10 +46,10 @@ MARK = generator_mark("train")
 """Marker in the head of every page."""
 REFRESH_SECONDS = 10
 """How often a browser loads the page of a run that goes on."""
-STALE_SECONDS = 120
-"""The page of a run that goes on is written at least this often, as long as its steps are not slower."""
+STALE_SECONDS = 300
+"""A page that was not written for so long may be out of date: steps, validations and previews rarely take longer."""
 STALE_STEPS = 20
-"""A page that was not written for so many steps is out of date."""
+"""The same, in steps, where these are slow."""
 LEVELS = {"running": "info", "completed": "good", "interrupted": "warning", "failed": "error", "killed": "error"}
 """Status of a run -> its color."""
 MAX_TEXT = 600

@@ -85,3 +85,8 @@ def test_the_best_checkpoint_is_taken(tmp_path):
     (folder / RECORD).write_text(json.dumps(content | {"best_checkpoint": None}))
     facts = read_run(folder)
     assert facts.latest_checkpoint.file in next_commands(facts)[-1].line
+
+
+def test_a_lora_is_converted_to_another_format_than_it_has(tmp_path):
+    folder = write_run(tmp_path / "run", 4, 4, "completed", every=2, lora_format="comfyui")
+    assert "--to diffusers" in next_commands(read_run(folder))[-1].line
