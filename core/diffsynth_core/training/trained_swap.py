@@ -3,14 +3,15 @@
 The forward pass of such a block copies its weights to the device and frees the copies at its end; gradient
 checkpointing keeps nothing of them. When the backward pass recomputes the block, they are copied again, and stay until
 each is updated, which a fused backward pass does as soon as its gradient is there; the updated weight goes back to the
-host. The next block is copied one ahead, in either pass.
+host. The next block is copied one ahead, in either pass. Models checkpoint nothing where there are no gradients: then
+hooks of the blocks copy their weights.
 
 A parameter is the same object all the time: only its data is exchanged, while nothing that a graph has saved refers to
 it. So gradients are summed in the same order as without, which an autograd function of the block would change.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,11 @@ class TrainedSwap:
         self._waiting = [WaitingBlock(block, device, copy_stream(device)) for block in blocks]
         self._index = {block: index for index, block in enumerate(blocks)}
         self._block_of = {weight: block for block in self._waiting for weight in block.weights}
+        self._pass = ExitStack()
+        """The forward pass of a block without gradients, while it goes on."""
+        for block in blocks:
+            block.register_forward_pre_hook(self._begin_pass)
+            block.register_forward_hook(self._end_pass)
 
     def __contains__(self, weight: object) -> bool:
         return weight in self._block_of
@@ -123,9 +129,20 @@ class TrainedSwap:
             self._block_of[weight].put_back(weight)
 
     def release(self) -> None:
-        """Return all weights to host memory, at the end of a step: those that got no gradient are still away."""
+        """Return all weights to host memory, at the end of a step: those that got no gradient are still away, and those
+        of a block that failed.
+        """
+        self._pass.close()
         for block in self._waiting:
             block.release()
+
+    def _begin_pass(self, block: nn.Module, inputs: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._pass.enter_context(self._forward(self._index[block]))
+
+    def _end_pass(self, block: nn.Module, inputs: Any, outputs: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._pass.close()
 
     @contextmanager
     def _forward(self, index: int) -> Iterator[None]:

@@ -105,3 +105,17 @@ def test_a_module_is_moved_without_what_waits():
     waiting = {f"blocks.1.{name}" for name in ("modulation.weight", "modulation.bias", "inner.weight", "unused")}
     assert moved == values.keys() - waiting
     assert all(torch.equal(model.get_parameter(name), values[name]) for name in waiting)
+
+
+def test_passes_without_gradients_copy_blocks_too(most):
+    """Nothing is checkpointed then."""
+    plain, swapped = Model(), Model()
+    swapped.swap = TrainedSwap(list(swapped.blocks), CPU)
+    states, condition = torch.randn(6, 4), torch.randn(1, 4)
+    host = [weight.data_ptr() for weight in swapped.blocks.parameters()]
+    with torch.no_grad():
+        for one, other in zip(plain.blocks, swapped.blocks, strict=True):
+            assert torch.equal(one(states, condition), other(states, condition))
+    assert max(most) == 2, "each block is copied, and the next one ahead"
+    swapped.swap.release()
+    assert [weight.data_ptr() for weight in swapped.blocks.parameters()] == host
