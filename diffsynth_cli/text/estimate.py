@@ -72,6 +72,9 @@ def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
     for part in memory.encoding:
         parts = "weights and largest feature maps" if part.activations else "weights"
         yield f"  {_memory(part.total)}  {part.component} while encoding, before training: {parts}"
+    if decoding := memory.decoding:
+        what = "weights and largest feature maps" if decoding.activations else "weights"
+        yield f"  {_memory(decoding.total)}  {decoding.component} while decoding previews, beside what trains: {what}"
     yield f"  {_memory(memory.peak)}  peak"
     yield f"  excludes {', '.join(('kernel workspace and driver overhead', *unknown_parts(plan)))}"
     if plan.task.trains and (work := step_flops(plan, sizes)):

@@ -16,6 +16,7 @@ from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters
 from diffsynth_core.planning.memory_config import device_and_precision
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.preview_steps import count_drawings, passes_of_drawing
 from diffsynth_core.planning.sizes import count_batch_shapes, most_batch_shapes
 from diffsynth_core.planning.validation import count_bands, count_validations
 from diffsynth_core.progress import Reporter, format_bytes, format_count, format_memory, pluralize, verb
@@ -176,6 +177,8 @@ def _step_lines(plan: RunPlan) -> Iterator[str]:
         yield f"  {compiled_in_words(plan)}"
     if plan.data.held_out:
         yield f"  validated on {validated_in_words(plan)}"
+    if plan.previews:
+        yield f"  {previewed_in_words(plan)}"
     for note in start_lines(plan):
         yield f"  {note}"
 
@@ -192,6 +195,18 @@ def validated_in_words(plan: RunPlan) -> str:
         f"{pluralize(held, 'held-out sample')} at {pluralize(bands, 'timestep')} each, before the first step{every} and with "
         f"each checkpoint: {passes}, beside about {round(epochs * per_epoch)} forward and backward in training"
     )
+
+
+def previewed_in_words(plan: RunPlan) -> str:
+    """What a run draws, when, and what that takes."""
+    job, every = plan.previews[0], plan.parameters.preview_every
+    what = f"{pluralize(len(plan.previews), 'preview')} of {format_size((job.num_frames, job.height, job.width))}"
+    steps = f"{pluralize(job.steps, 'sampling step')}{' each' if len(plan.previews) > 1 else ''}"
+    when = f"every {pluralize(every, 'step')}" if every else "with each checkpoint"
+    times = 1 + count_drawings(plan, 0, plan.data.steps.total_steps)
+    passes = pluralize(times * passes_of_drawing(plan), "forward pass", "forward passes")
+    loaded = f"{plan.model.variant.decoder} is loaded beside the model to decode them"
+    return f"{what} in {steps}, before the first step, {when} and after the last: {passes}; {loaded}"
 
 
 def compiled_in_words(plan: RunPlan) -> str:

@@ -12,6 +12,7 @@ from diffsynth_cli.text.plan import (
     family_default_lines,
     format_size,
     list_sizes,
+    previewed_in_words,
     start_lines,
     steps_in_words,
     swapped_in_words,
@@ -61,6 +62,8 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
             yield _labeled("", compiled_in_words(plan))
         if plan.data.held_out:
             yield _labeled("", f"validated on {validated_in_words(plan)}")
+        if plan.previews:
+            yield _labeled("", previewed_in_words(plan))
         for note in start_lines(plan):
             yield _labeled("", note)
     if plan.parameters.max_time:

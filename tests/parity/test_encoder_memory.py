@@ -1,11 +1,11 @@
-"""What frozen VAEs hold while they encode: measured without values, against the same modules at work on the CPU."""
+"""What frozen VAEs hold while they encode or decode: without values, against the same modules at work on the CPU."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 
-from diffsynth_core.models.activation_memory import LiveBytes, StepInputs, measure_encoders
+from diffsynth_core.models.activation_memory import LiveBytes, StepInputs, measure_decoder, measure_encoders
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.size_facts import StepSizes
 
@@ -44,12 +44,28 @@ def test_a_vae_holds_what_is_measured_without_values(name, frames):
     assert measured == pytest.approx(live.peak, rel=WITHIN)
 
 
+@pytest.mark.parametrize(("name", "frames"), [*((name, 1) for name in TINY), ("wan", 9), ("wan ti2v", 9)])
+def test_a_vae_that_decodes_holds_what_is_measured_without_values(name, frames):
+    family, variant, encoders, config = encoders_of(name)
+    (encoder,) = (one for one in encoders if variant.target.column in one.columns)
+    sizes = StepSizes(1, ((frames, HEIGHT, WIDTH),), 0)
+    measured = measure_decoder(family, "vae", config, torch.float32, StepInputs(variant, (encoder,), sizes))
+    vae = family.build("vae", config).eval()
+    with torch.no_grad():
+        sample = {variant.target.column: torch.randn(3, frames, HEIGHT, WIDTH)}
+        latents = family.encode(encoder, {"vae": vae}, sample)["latents"][None]
+        with LiveBytes([*vae.parameters(), *vae.buffers(), latents]) as live:
+            family.decode({"vae": vae}, latents)
+    assert measured == pytest.approx(live.peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("measure", [measure_encoders, measure_decoder])
 @pytest.mark.parametrize("name", ["wan", "wan ti2v"])
-def test_each_further_piece_of_a_clip_adds_the_same(name):
+def test_each_further_piece_of_a_clip_adds_the_same(name, measure):
     """Long clips are not measured whole."""
     family, variant, encoders, config = encoders_of(name)
     peaks = [
-        measure_encoders(
+        measure(
             family,
             "vae",
             config,

@@ -17,13 +17,14 @@ from torch import Tensor
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import collect_problems
 from diffsynth_core.generation.generate import draw
-from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
+from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import match_targets, modules_with_weights
 from diffsynth_core.models.wan.sampling import T2V_2_2
 from diffsynth_core.models.wan.spec import WAN
 from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.jobs import AppliedLora, GenerationJob
 from diffsynth_core.planning.lora_files import read_lora_of, tensor_shapes
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.plan import Machine

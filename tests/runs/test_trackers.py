@@ -5,6 +5,7 @@ their place is taken by stubs of the part of their interface that accelerate's t
 """
 
 import csv
+import io
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffsynth_core.training import trackers
@@ -71,6 +73,20 @@ def test_a_killed_run_goes_on_as_one_curve(train, photographs, tiny_models):
         expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines]
         assert curve_of_csv(Path("out"), key) == expected, key
         assert curve_of_tensorboard(Path("out"), key) == expected, key
+
+
+def test_previews_are_images_of_tensorboard(train):
+    train("--max_steps", 2, "--enable_tensorboard_log", "--preview_prompts", "a cat", "--preview_steps", 1,
+          "--preview_every", 2)  # fmt: skip
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator("out/tensorboard_log", size_guidance={"images": 0})
+    events.Reload()
+    sent = events.Images("preview_0001")
+    assert [(event.step, event.width, event.height) for event in sent] == [(0, 64, 64), (2, 64, 64)]
+    shown = Image.open(io.BytesIO(sent[1].encoded_image_string))
+    assert np.array_equal(np.asarray(shown), np.asarray(Image.open("out/samples/step-2/0001.png")))
 
 
 class Service:

@@ -30,7 +30,7 @@ PAGE = "report.html"
 PREVIEWS = "samples"
 """Name of the folder of previews; those after step N are in its folder `step-N`."""
 PREVIEW_LIST = "images.json"
-"""Name of the list of the images of a step, written last."""
+"""Name of the list of the previews of a step, written last."""
 LOCK = ".lock"
 """Name of the lock file."""
 RECORDED_PACKAGES = ("diffsynth-cli", "torch", "accelerate", "diffusers", "transformers", "peft", "safetensors")
@@ -152,6 +152,61 @@ def read_record(folder: Path) -> RunRecord | None:
 def package_versions(more: Sequence[str] = ()) -> dict[str, str]:
     """Return the versions of Python and of the packages that affect a run's numbers, some runs' of `more` packages."""
     return {"python": platform.python_version(), **{name: version(name) for name in (*RECORDED_PACKAGES, *more)}}
+
+
+@dataclass(frozen=True)
+class PreviewImage:
+    """One preview: `file` in the folder of its step; `num_frames`: 1 for an image."""
+
+    file: str
+    prompt: str
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class PreviewList:
+    """All previews after a step."""
+
+    step: int
+    images: tuple[PreviewImage, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write `images.json`, which says that all files in the folder are whole.
+
+        Raises:
+            DiffSynthError: if the disk refuses.
+        """
+        write_json(folder / PREVIEW_LIST, asdict(self))
+
+
+def preview_folder(run: Path, step: int) -> Path:
+    """Return the folder of the previews after a step."""
+    return run / PREVIEWS / f"step-{step}"
+
+
+def read_previews(run: Path) -> dict[int, PreviewList]:
+    """Return step -> previews, in the order of the steps, of the folders that are whole."""
+    read = filter(None, map(read_preview_list, run.glob(f"{PREVIEWS}/step-*")))
+    return dict(sorted((one.step, one) for one in read))
+
+
+def read_preview_list(folder: Path) -> PreviewList | None:
+    """Return the previews of one step; None if the folder is not whole: its list is missing or damaged."""
+    path = folder / PREVIEW_LIST
+    try:
+        return read_json(path, PreviewList, "draw them again") if path.exists() else None
+    except DiffSynthError:
+        return None
+
+
+def forget_previews(run: Path, after: int) -> None:
+    """Delete the lists of the previews of later steps, which a run that continues after step `after` draws again."""
+    for step in read_previews(run):
+        if step > after:
+            (preview_folder(run, step) / PREVIEW_LIST).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -27,6 +27,8 @@ ENCODER_DTYPES: Mapping[str, WeightDtype] = {**COMPUTE_DTYPES, "fp16": "float32"
 """`mixed_precision` -> the dtype of frozen encoders: float32 for fp16, whose range they overflow."""
 TRAINING_TIMESTEPS = 1000
 """How many timesteps training draws from, in every family (`num_train_timesteps` of diffusers' schedulers)."""
+MAX_SAMPLING_STEPS = 10_000
+"""Maximum number of sampling steps: samplers use tens, and their training timesteps are a thousand."""
 SWAP_BUFFERS = 2
 """Swapped blocks, or parts of them, that are on the device at a time: one that computes, and the next one."""
 

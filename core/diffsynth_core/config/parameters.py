@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic.fields import FieldInfo
 
 from diffsynth_core.config.choices import (
+    MAX_SAMPLING_STEPS,
     AttentionName,
     Checkpointing,
     LoraFormat,
@@ -140,6 +141,8 @@ FilePath = Annotated[Path, BeforeValidator(_reject_empty)]
 """A path that is not empty."""
 FolderName = Annotated[str, BeforeValidator(_reject_empty)]
 """Path of a folder, or `model_id:folder`."""
+PreviewPrompts = Annotated[str, BeforeValidator(_reject_empty)]
+"""A prompt, the path of a file with prompts, or `dataset`."""
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
 """A list of strings, or one string of comma-separated items."""
 Beta = Annotated[float, BeforeValidator(_reject_bool), Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -1083,6 +1086,36 @@ class Parameters(BaseModel):
         unit="optimizer steps",
         documented=False,
         ge=1,
+    )
+    preview_prompts: PreviewPrompts | None = _setting(
+        None,
+        "output",
+        "str",
+        "What to draw while the run goes on, into `samples/`: a prompt, a file of prompts as `generate --prompts` takes it (.txt, .csv, .json, .jsonl), or `dataset` for the first captions of the dataset with their images; drawn before the first step, every `preview_every` steps and after the last, each time from the same noise, at the most frequent size of the samples",
+        changes="files",
+        documented=False,
+    )
+    preview_every: Integer | None = _setting(
+        None,
+        "output",
+        "int",
+        "Draw the previews every N steps; default: after each checkpoint",
+        changes="files",
+        unit="optimizer steps",
+        documented=False,
+        ge=1,
+    )
+    preview_steps: Integer | None = _setting(
+        None,
+        "output",
+        "int",
+        "Number of sampling steps of a preview; default: that of the model's documentation",
+        changes="files",
+        unit="sampling steps",
+        documented=False,
+        rehearsal_limit=2,
+        ge=1,
+        le=MAX_SAMPLING_STEPS,
     )
     log_with: CommaList = _setting(
         (),

@@ -13,7 +13,7 @@ from diffsynth_core.data.images import read_image_header
 from diffsynth_core.data.media import MediaCrop, choose_reference, is_clip
 from diffsynth_core.data.videos import count_frames
 from diffsynth_core.errors import list_names, truncate
-from diffsynth_core.generation.job import GenerationJob, GenerationPlan
+from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts, Variant
@@ -29,6 +29,7 @@ from diffsynth_core.planning.encoding_keys import (
     hash_cache,
     identify,
 )
+from diffsynth_core.planning.jobs import GenerationJob
 from diffsynth_core.planning.loading import free_device_memory, load_planned
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest

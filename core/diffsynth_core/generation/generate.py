@@ -12,14 +12,21 @@ from torch import Tensor, nn
 
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.generation.encoding import EncodedJob, encode_jobs
-from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
+from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.generation.loras import lora_setup, merged_differences, set_loras
-from diffsynth_core.generation.sampling import Sampler
+from diffsynth_core.generation.sampling import (
+    Sampler,
+    as_uint8,
+    batch_of,
+    decode_pixels,
+    predict_velocities,
+    start_sampler,
+)
 from diffsynth_core.models.family import Encoded, encoder_dtype, frozen_dtype
 from diffsynth_core.models.loading import WeightChange
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.planning.jobs import AppliedLora, GenerationJob
 from diffsynth_core.planning.loading import free_device_memory, load_planned
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
@@ -39,7 +46,7 @@ def generate(
         Interrupted: if a stop is requested; between steps.
     """
     for job, pixels in draw(plan, reporter, stop):
-        yield job, (pixels * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+        yield job, as_uint8(pixels)
 
 
 @dataclass(frozen=True)
@@ -148,15 +155,17 @@ class _Drawing:
         """
         job, jobs = self._plan.jobs[number], len(self._plan.jobs)
         if number not in self._samplers:
-            self._samplers[number] = self._start(components, job)
+            model = self._plan.model
+            denoiser = components[model.facts.denoiser]
+            self._samplers[number] = start_sampler(self.family, model.variant, denoiser, job, self.device)
         sampler = self._samplers[number]
         self._set_loras(components, stage, job)
         positive, negative = encodings.read(self.family)
         cfg_scale = stage.cfg_scale(job)
         steps = sampler.denoise(
             partial(self._predict, components),
-            self._batch(positive, job),
-            self._batch(negative, job) if negative and cfg_scale > 1 else None,
+            batch_of(self.family, positive, job, self.device),
+            batch_of(self.family, negative, job, self.device) if negative and cfg_scale > 1 else None,
             cfg_scale,
             stage.boundary,
         )
@@ -168,33 +177,17 @@ class _Drawing:
                 if sampler.steps_above(stage.boundary):
                     self._raise_if_stopped()
 
-    def _start(self, components: Mapping[str, Any], job: GenerationJob) -> Sampler:
-        model = self._plan.model
-        sizes = StepSizes(batch=1, images=((job.num_frames, job.height, job.width),), text_tokens=0)
-        blank = self.family.blank_encoding(model.variant, components[model.facts.denoiser], sizes)
-        return Sampler(self.family, model.variant, job.seed, job.steps, (1, *blank["latents"].shape), self.device)
-
-    def _batch(self, encoded: Encoded, job: GenerationJob) -> Encoded:
-        """Return the encodings of a job as a batch on the device, with the input of the guidance embedder."""
-        batch = self.family.collate([{name: tensor.to(self.device) for name, tensor in encoded.items()}])
-        return (
-            batch if job.guidance is None else {**batch, "guidance": torch.tensor([job.guidance], device=self.device)}
-        )
-
     def _predict(
         self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batches: Sequence[Encoded]
     ) -> list[Tensor]:
-        """Return the velocity with the prompt and, if there are two batches, with the negative one."""
         dtype, enabled = frozen_dtype(self._precision), self._precision != "no"
         with torch.autocast(self.device.type, dtype, enabled=enabled):
-            shared = self.family.shared_by_prompts(components, noisy, sigma, batches[0])
-            return [self.family.predict_velocity(components, noisy, sigma, {**one, **shared}) for one in batches]
+            return predict_velocities(self.family, components, noisy, sigma, batches)
 
     def _raise_if_stopped(self) -> None:
         if self._stop.signal_number is not None:
             raise Interrupted(self._stop.signal_number, "interrupted; finished images are kept")
 
-    @torch.no_grad()
     def finish(self, components: Mapping[str, Any], number: int) -> Tensor:
         """Return the pixels of a job after its last step, `[3, F, H, W]` in [0, 1].
 
@@ -207,5 +200,4 @@ class _Drawing:
                 f"the predictions of the {self._plan.model.facts.denoiser} contain NaN or Inf",
                 "check its files and LoRAs, or pass `--mixed_precision bf16` or `no`",
             )
-        pixels = self.family.decode(components, latents)[0]
-        return (pixels / 2 + 0.5).clamp(0, 1)
+        return decode_pixels(self.family, components, latents)

@@ -6,7 +6,7 @@ from shlex import quote
 
 from diffsynth_core.config.choices import ENCODER_DTYPES
 from diffsynth_core.config.gpu_memory import memory_bytes
-from diffsynth_core.generation.job import GenerationPlan
+from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.generation.plan import Generation
 from diffsynth_core.planning.memory import frozen_bytes
 from diffsynth_core.planning.memory_config import device_and_precision

@@ -11,28 +11,29 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import independent_problems, parameters_of_other_families
 from diffsynth_core.errors import FaultsFound, Problem, collect_problems, list_names, report
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.generation.checks import ImageChecks, ImageSize, check_guidance, check_size
+from diffsynth_core.generation.checks import check_guidance, check_size
 from diffsynth_core.generation.columns import Column, LoraReader, find_columns
-from diffsynth_core.generation.job import AppliedLora, GenerationJob, GenerationPlan
+from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.generation.model import find_model, with_checkpoint, with_inputs
-from diffsynth_core.generation.prompts import PromptRow, read_prompts, rows_of_options
 from diffsynth_core.generation.request import (
     GenerationRequest,
     ModelSource,
-    SamplingChoice,
     one_stage_problem,
     read_numbers,
 )
-from diffsynth_core.generation.run_prompts import prompts_of_run
 from diffsynth_core.hub.file_requests import FileRequest
 from diffsynth_core.hub.model_files import missing_in_one
 from diffsynth_core.models.registry import image_inputs
 from diffsynth_core.models.spec import Variant
 from diffsynth_core.models.weight_store import find_store
+from diffsynth_core.planning.dataset_prompts import prompts_of_dataset
 from diffsynth_core.planning.device import choose_device, choose_precision
+from diffsynth_core.planning.jobs import AppliedLora, ImageSize, JobDefaults, SamplingChoice
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.output import cache_faults, folder_faults
 from diffsynth_core.planning.plan import Machine
+from diffsynth_core.planning.prompt_images import ImageChecks
+from diffsynth_core.planning.prompts import PromptRow, read_prompts, rows_of_options
 from diffsynth_core.planning.required_files import files_of_stages
 from diffsynth_core.planning.storage import storage_flag
 
@@ -41,6 +42,8 @@ OUTPUTS = Path("generated")
 """Parent of the default output folders."""
 SHEET = "grid.png"
 """File name of a grid."""
+GIVE_PROMPTS = "pass `--prompt TEXT` or `--prompts FILE`"
+"""Hint for a run without captions."""
 TO_REHEARSE = ", or rehearse with `--rehearse`"
 """The last way out in hints about missing files of a training run, which drawing does not have."""
 
@@ -86,45 +89,6 @@ class Generation:
         return sum(map(len, self.images))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Defaults:
-    """What all images of a command have in common."""
-
-    variant: Variant
-    choice: SamplingChoice
-    size: ImageSize
-    negative_prompt: str | None
-    seed: int
-    images: Mapping[str, tuple[Path, ...]]
-
-    @property
-    def cfg_scale(self) -> float:
-        """The scale of classifier-free guidance."""
-        chosen = self.choice.cfg_scale
-        return self.variant.sampling.cfg_scale if chosen is None else chosen
-
-    def job(self, row: PromptRow, number: int, adapters: tuple[AppliedLora, ...]) -> GenerationJob:
-        """Return the job of a prompt; `number`: from 0, which is added to the seed."""
-        facts, chosen = self.variant.sampling, self.choice
-        negative = next(
-            text for text in (row.negative_prompt, self.negative_prompt, facts.negative_prompt) if text is not None
-        )
-        return GenerationJob(
-            prompt=row.prompt,
-            negative_prompt=negative if self.cfg_scale != 1 else "",
-            seed=self.seed + number if row.seed is None else row.seed,
-            steps=chosen.steps or facts.steps,
-            cfg_scale=self.cfg_scale,
-            second_cfg_scale=facts.second_cfg_scale if chosen.cfg_scale is None else None,
-            guidance=facts.guidance if chosen.guidance is None else chosen.guidance,
-            height=self.size.height,
-            width=self.size.width,
-            num_frames=self.size.num_frames,
-            images={name: files for name, files in {**self.images, **row.images}.items() if files},
-            adapters=adapters,
-        )
-
-
 def plan_generation(
     source: ModelSource, request: GenerationRequest, base: Path, without_files: bool = False
 ) -> Generation:
@@ -143,7 +107,7 @@ def plan_generation(
         parameters, models = _find_models(source, columns, _given_inputs(request, rows), base)
         found = next(iter(models.values()), None)
         if found and source.record and not _names_prompts(request):
-            rows = prompts_of_run(parameters, found, request.images)
+            rows = prompts_of_dataset(parameters, found, request.images, GIVE_PROMPTS)
         defaults = _defaults(source, request, parameters, choice, found.variant) if found else None
         adapters = _adapters(columns, models)
         if found and defaults:
@@ -205,8 +169,8 @@ def _given_prompts(request: GenerationRequest) -> list[PromptRow]:
     """Return the prompts of the command line, then those of the file. Reports problems."""
     if not _names_prompts(request) and request.run is None:
         report(Problem("no prompt given", "pass `--prompt TEXT` or `--prompts FILE`", wrong_use=True))
-    rows = rows_of_options(request.prompts)
-    return [*rows, *read_prompts(request.prompts_file)] if request.prompts_file else rows
+    rows = rows_of_options({f"`--prompt` {number}": prompt for number, prompt in enumerate(request.prompts, 1)})
+    return [*rows, *read_prompts(request.prompts_file, "--prompts")] if request.prompts_file else rows
 
 
 def _given_inputs(request: GenerationRequest, rows: Sequence[PromptRow]) -> list[str]:
@@ -256,8 +220,8 @@ def _with_second(found: ModelPlan, source: ModelSource, inputs: Sequence[str], b
 
 def _defaults(
     source: ModelSource, request: GenerationRequest, parameters: Parameters, choice: SamplingChoice, variant: Variant
-) -> _Defaults:
-    return _Defaults(
+) -> JobDefaults:
+    return JobDefaults(
         variant=variant,
         choice=choice,
         size=_choose_size(source, parameters, variant),
@@ -291,7 +255,7 @@ def _adapters(
 def _check(
     request: GenerationRequest,
     rows: Sequence[PromptRow],
-    defaults: _Defaults,
+    defaults: JobDefaults,
     parameters: Parameters,
     found: ModelPlan,
 ) -> None:
@@ -299,7 +263,12 @@ def _check(
     check_size(defaults.size, found.variant)
     check_guidance(request, rows, defaults.cfg_scale, found.variant)
     needed = [name for name in parameters.extra_inputs if name in image_inputs()]
-    ImageChecks(found.facts, found.variant, needed, parameters.max_pixels).check(rows, request.images)
+    ImageChecks(found.facts, found.variant, needed, parameters.max_pixels, _way_out).check(rows, request.images)
+
+
+def _way_out(name: str, required: bool) -> str:
+    """Return the hint for a prompt without images of an extra input."""
+    return f"pass `--{name} FILE`" if required else f'pass `--{name} FILE`, or draw without it: `--extra_inputs ""`'
 
 
 def _varying_differences(adapters: Mapping[Column, Sequence[AppliedLora]], found: ModelPlan) -> Iterator[Problem]:

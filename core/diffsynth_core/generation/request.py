@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.checkpoints.run_folder import RECORD, RunRecord, read_record
+from diffsynth_core.config.choices import MAX_SAMPLING_STEPS
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS
 from diffsynth_core.config.quant_options import rename_entries
 from diffsynth_core.config.resolve import Resolved, resolve_recorded, resolve_stages
 from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, report
+from diffsynth_core.planning.jobs import SamplingChoice
 
-MAX_STEPS = 10_000
-"""Maximum number of sampling steps: samplers use tens, and their training timesteps are a thousand."""
 MODEL_SOURCES = ("recipe", "config", "only")
 """Parameters that `--run` replaces."""
 ABOUT_THE_RUN = (*MODEL_SOURCES, "task", "resume", "rehearse", "dry_run", "verbose", "seed", "device", "gpu_memory")
@@ -50,20 +50,11 @@ class GenerationRequest:
     grid: bool = False
 
 
-@dataclass(frozen=True)
-class SamplingChoice:
-    """The numbers of a request; None: the documented default of the model."""
-
-    steps: int | None = None
-    cfg_scale: float | None = None
-    guidance: float | None = None
-
-
 def read_numbers(request: GenerationRequest) -> SamplingChoice:
     """Return the numbers of a request. Reports problems; a wrong number is None."""
     steps = _number("steps", request.steps, 1, "an integer")
-    if steps is not None and (steps != int(steps) or steps > MAX_STEPS):
-        expected = f"an integer of at most {MAX_STEPS}" if steps > MAX_STEPS else "an integer"
+    if steps is not None and (steps != int(steps) or steps > MAX_SAMPLING_STEPS):
+        expected = f"an integer of at most {MAX_SAMPLING_STEPS}" if steps > MAX_SAMPLING_STEPS else "an integer"
         report(_wrong("steps", request.steps, expected))
         steps = None
     cfg_scale = _number("cfg_scale", request.cfg_scale, 1, "a number")

@@ -385,3 +385,22 @@ def measure_encoders(
             family.encode(encoder, {name: module}, sample)
     peak: int = live.peak
     return peak
+
+
+def measure_decoder(
+    family: Family, name: str, config: Mapping[str, Any], dtype: torch.dtype, inputs: StepInputs
+) -> int:
+    """Bytes at the fullest moment of a frozen VAE's work when it decodes what its encoder makes, weights apart.
+
+    Args:
+        inputs: with the encoder of the target.
+    """
+    module = _build(family, name, MeasuredComponent(config, dtype, ComponentSetup()))
+    sample = inputs.blank_sample(family.facts.text_column)
+    with torch.no_grad(), Autocast("cuda", None):
+        (encoder,) = inputs.encoders
+        latents = family.encode(encoder, {name: module}, sample)["latents"].float()[None]
+        with LiveBytes([*module.parameters(), *module.buffers(), latents]) as live:
+            family.decode({name: module}, latents)
+    peak: int = live.peak
+    return peak

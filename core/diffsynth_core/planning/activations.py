@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -120,14 +120,55 @@ def encoder_activations(plan: RunPlan, component: str, config: MemoryConfig) -> 
             with _errors_of_configurations(plan, (component,)):
                 return measure_encoders(family, component, settings, dtype, inputs)
 
-        # A VAE encodes the first frame, then `step` at a time; from the third piece on each adds the same.
-        step, frames = plan.model.variant.target.frame_step, config.sizes.images[0][0]
-        two, three = 2 * step + 1, 3 * step + 1
-        if frames <= three:
-            return peak(frames)
-        return peak(three) + (frames - three) // step * (peak(three) - peak(two))
+        return _of_clip(peak, config.sizes.images[0][0], plan.model.variant.target.frame_step)
 
     return math.ceil(remembered(question, int, measure) * _encoded_together(config))
+
+
+def decoder_activations(plan: RunPlan, config: MemoryConfig) -> int:
+    """Bytes that the VAE works with at its fullest, while it decodes a preview; 0 if it is unknown."""
+    component, job, target = plan.model.variant.decoder, plan.previews[0], plan.model.variant.target
+    if not _is_known(plan, component):
+        return 0
+    encoder = next(one for one in plan.model.variant.encoders if target.column in one.columns)
+    question = {
+        "decoder": _identity(plan, component),
+        "encoder": encoder.name,
+        "inputs": plan.parameters.extra_inputs,
+        "image": [job.num_frames, job.height, job.width],
+        "precision": config.precision,
+    }
+
+    def measure() -> int:
+        from diffsynth_core.models.activation_memory import StepInputs, measure_decoder
+        from diffsynth_core.models.family import encoder_dtype
+
+        family, dtype = load_family(plan.model.facts.name), encoder_dtype(config.precision)
+        settings = _constructor_settings(plan, family, component)
+
+        def peak(frames: int) -> int:
+            sizes = replace(config.sizes, images=((frames, job.height, job.width),))
+            with _errors_of_configurations(plan, (component,)):
+                return measure_decoder(
+                    family, component, settings, dtype, StepInputs(plan.model.variant, (encoder,), sizes)
+                )
+
+        return _of_clip(peak, job.num_frames, target.frame_step)
+
+    return remembered(question, int, measure)
+
+
+def _of_clip(peak: Callable[[int], int], frames: int, step: int) -> int:
+    """Return what a VAE works with at its fullest for a clip, of which long ones are not measured whole: it takes the
+    first frame, then `step` at a time, and from the third piece on each adds the same.
+
+    Args:
+        peak: number of frames -> what was measured for a clip of it.
+    """
+    two, three = 2 * step + 1, 3 * step + 1
+    if frames <= three:
+        return peak(frames)
+    return peak(three) + (frames - three) // step * (peak(three) - peak(two))
 
 
 def _encoded_together(config: MemoryConfig) -> float:

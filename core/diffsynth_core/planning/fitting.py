@@ -119,8 +119,7 @@ class FitSearch:
 
         def excess(degrees: Degrees) -> int:
             memory, host = self._measure(degrees)
-            totals = [stage.total for stage in memory.encoding]  # an option may help a stage that is not the fullest
-            totals += [memory.training.total] if memory.training else []
+            totals = [stage.total for stage in memory.stages]  # an option may help a stage that is not the fullest
             above = sum(max(0, total - (limit - TIGHT_BYTES)) for total in totals)
             return above + (0 if host_limit is None else max(0, host - host_limit))
 

@@ -1,13 +1,31 @@
-"""What is generated: jobs, and the plan that has them. No torch."""
+"""What is drawn: one job per image or clip. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.planning.model_plan import ModelPlan
-from diffsynth_core.planning.plan import Machine
+from diffsynth_core.models.spec import Variant
+from diffsynth_core.planning.prompts import PromptRow
 from diffsynth_core.weights.lora import Lora
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """Size of an image or clip in pixels and frames."""
+
+    height: int
+    width: int
+    num_frames: int = 1
+
+
+@dataclass(frozen=True)
+class SamplingChoice:
+    """What is chosen for the sampler; None: the documented default of the model."""
+
+    steps: int | None = None
+    cfg_scale: float | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +97,44 @@ class GenerationJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationPlan:
-    """What a command generates.
+class JobDefaults:
+    """What all jobs of a command have in common.
 
     Attributes:
-        model: of a model with two denoisers, its components may contain the second one as the family's
-            `second_denoiser`; without it the first one draws all steps.
-        cache: folder of encodings and file hashes.
-        max_pixels: maximum area of reference images in pixels, as in training.
+        negative_prompt: of prompts without one of their own; None: that of the model.
+        images: extra input -> files, for prompts without files of their own.
     """
 
-    model: ModelPlan
-    machine: Machine
-    jobs: tuple[GenerationJob, ...]
-    cache: Path
-    max_pixels: int = 1024 * 1024
+    variant: Variant
+    size: ImageSize
+    seed: int
+    choice: SamplingChoice = field(default_factory=SamplingChoice)
+    negative_prompt: str | None = None
+    images: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+
+    @property
+    def cfg_scale(self) -> float:
+        """The scale of classifier-free guidance."""
+        chosen = self.choice.cfg_scale
+        return self.variant.sampling.cfg_scale if chosen is None else chosen
+
+    def job(self, row: PromptRow, number: int, adapters: tuple[AppliedLora, ...] = ()) -> GenerationJob:
+        """Return the job of a prompt; `number`: from 0, which is added to the seed."""
+        facts, chosen = self.variant.sampling, self.choice
+        negative = next(
+            text for text in (row.negative_prompt, self.negative_prompt, facts.negative_prompt) if text is not None
+        )
+        return GenerationJob(
+            prompt=row.prompt,
+            negative_prompt=negative if self.cfg_scale != 1 else "",
+            seed=self.seed + number if row.seed is None else row.seed,
+            steps=chosen.steps or facts.steps,
+            cfg_scale=self.cfg_scale,
+            second_cfg_scale=facts.second_cfg_scale if chosen.cfg_scale is None else None,
+            guidance=facts.guidance if chosen.guidance is None else chosen.guidance,
+            height=self.size.height,
+            width=self.size.width,
+            num_frames=self.size.num_frames,
+            images={name: files for name, files in {**self.images, **row.images}.items() if files},
+            adapters=adapters,
+        )

@@ -16,6 +16,7 @@ from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.size_facts import BYTES
 from diffsynth_core.models.weight_store import find_store
 from diffsynth_core.planning.activations import (
+    decoder_activations,
     encoder_activations,
     measured_encoders,
     step_activations,
@@ -94,10 +95,15 @@ class TrainingMemory:
         return not self.updated_in_passes and self.update > self.activations + self.autocast_weights
 
     @property
+    def between_steps(self) -> int:
+        """Bytes when a step has ended, and with it its gradients and activations."""
+        weights = sum(self.weights.values()) + self.swap_buffers + self.gathered
+        return weights + self.adapters + self.buckets + self.optimizer
+
+    @property
     def total(self) -> int:
         """Peak bytes: what lasts, and the larger of the passes and the update of a step."""
-        weights = sum(self.weights.values()) + self.swap_buffers + self.gathered
-        lasting = weights + self.adapters + self.gradients + self.buckets + self.optimizer
+        lasting = self.between_steps + self.gradients
         passes = self.activations + self.autocast_weights
         return lasting + (passes + self.update if self.updated_in_passes else max(passes, self.update))
 
@@ -117,22 +123,46 @@ class EncodingMemory:
 
 
 @dataclass(frozen=True)
+class DecodingMemory:
+    """Bytes on the device while the VAE decodes previews; `beside`: of what trains."""
+
+    component: str
+    beside: int
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Peak bytes."""
+        return self.beside + self.weights + self.activations
+
+
+@dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on the device: each encoder comes and goes before training begins."""
+    """Bytes on the device: each encoder comes and goes before training begins, and the VAE that decodes previews
+    between its steps.
+    """
 
     training: TrainingMemory | None
     encoding: tuple[EncodingMemory, ...]
+    decoding: DecodingMemory | None = None
+
+    @property
+    def stages(self) -> list[EncodingMemory | TrainingMemory | DecodingMemory]:
+        """What follows each other: each encoder, the steps of training, and decoding."""
+        parts = (*self.encoding, self.training, self.decoding)
+        return [part for part in parts if part]
 
     @property
     def peak(self) -> int:
-        """Peak bytes of the run: encoding and training follow each other."""
-        return max([part.total for part in self.encoding] + ([self.training.total] if self.training else []), default=0)
+        """Peak bytes of the run."""
+        return max((stage.total for stage in self.stages), default=0)
 
 
 def device_memory(plan: RunPlan, config: MemoryConfig) -> DeviceMemory:
     """Memory of the device at its fullest, by stage and part."""
     training = training_memory(plan, config) if plan.task.trains and _sizes_known(plan) else None
-    return DeviceMemory(training, encoding_memory(plan, config))
+    return DeviceMemory(training, encoding_memory(plan, config), _decoding_memory(plan, config, training))
 
 
 def unknown_parts(plan: RunPlan) -> list[str]:
@@ -341,11 +371,25 @@ def encoding_memory(plan: RunPlan, config: MemoryConfig) -> tuple[EncodingMemory
         return ()
     encoders = {encoder.component for encoder in plan.model.variant.encoders}
     frozen = sorted((encoders & plan.model.components.keys()) - plan.training.components)
-    in_encoders = replace(config, precision="no") if config.precision == "fp16" else config
+    in_encoders = as_encoders_compute(config)
     return tuple(
         EncodingMemory(name, weight_bytes(plan, name, in_encoders), encoder_activations(plan, name, in_encoders))
         for name in frozen
     )
+
+
+def _decoding_memory(plan: RunPlan, config: MemoryConfig, training: TrainingMemory | None) -> DecodingMemory | None:
+    """Memory of the VAE while it decodes a preview, beside what trains. None without previews."""
+    if not (plan.previews and training):
+        return None
+    component, in_decoder = plan.model.variant.decoder, as_encoders_compute(config)
+    weights, activations = weight_bytes(plan, component, in_decoder), decoder_activations(plan, in_decoder)
+    return DecodingMemory(component, training.between_steps, weights, activations)
+
+
+def as_encoders_compute(config: MemoryConfig) -> MemoryConfig:
+    """Return the configuration of frozen encoders: float32 in place of fp16 (`ENCODER_DTYPES`)."""
+    return replace(config, precision="no") if config.precision == "fp16" else config
 
 
 def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encoded: EncodedSize) -> dict[str, int]:

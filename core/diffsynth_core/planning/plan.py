@@ -22,6 +22,7 @@ from diffsynth_core.planning.device import choose_device, choose_precision, nois
 from diffsynth_core.planning.encodings_plan import EncodingsPlan
 from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_problems
 from diffsynth_core.planning.held_out import read_held_out, share_to_hold_out, validation_problems
+from diffsynth_core.planning.jobs import GenerationJob
 from diffsynth_core.planning.lora_files import find_fused_lora
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.optimizer_choice import (
@@ -31,6 +32,7 @@ from diffsynth_core.planning.optimizer_choice import (
     with_kernel,
 )
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
+from diffsynth_core.planning.previews import plan_previews, preview_option_problems
 from diffsynth_core.planning.probing import probe_problems, profile_problems
 from diffsynth_core.planning.recomputation import recomputation_problems
 from diffsynth_core.planning.replaced import drop_replaced_entries
@@ -95,6 +97,7 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
+        previews: what is drawn while the run goes on.
         found_encodings: None until they are looked up when the run starts: that hashes all files of the model and the
             dataset.
         missing: missing files, dataset or device. Such a plan can be displayed but not executed; without a dataset it
@@ -111,6 +114,7 @@ class RunPlan:
     training: Training
     output: OutputPlan
     machine: Machine
+    previews: tuple[GenerationJob, ...] = ()
     found_encodings: EncodingsPlan | None = None
     missing: tuple[Problem, ...] = ()
     family_defaults: tuple[str, ...] = ()
@@ -178,12 +182,12 @@ def make_plan(
         if task.trains:
             _check_step(resolved, parameters, found, optimizer, machine)
         report(*(shape_faults(found) if found else []))
-        report(*validation_problems(parameters))
+        report(*validation_problems(parameters), *preview_option_problems(parameters))
         samples, held_out = _hold_out(parameters, found, samples, reporter)
         steps = _step_plan(parameters, samples, world_size, held_out) if samples else None
+        previews = plan_previews(parameters, found, training, samples)
         cache = parameters.cache_path or default_cache_path()
-        report(*cache_faults(cache))
-        report(*probe_problems(parameters))
+        report(*cache_faults(cache), *probe_problems(parameters))
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
         known_steps = None if no_dataset else steps
         start = _find_start(parameters, found, fingerprint, known_steps, machine.mixed_precision, reporter)
@@ -200,6 +204,7 @@ def make_plan(
         training=replace(training, optimizer=optimizer),
         output=OutputPlan(start=start, cache=cache),
         machine=machine,
+        previews=previews,
         missing=missing,
         family_defaults=resolved.family_defaults,
         fitted=tuple(name for name, origin in resolved.origins.items() if origin.kind == "fit"),

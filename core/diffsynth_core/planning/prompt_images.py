@@ -1,7 +1,6 @@
-"""Checks of sizes, guidance and images against the model that draws. No torch."""
+"""Checks of the images of prompts against the model that draws. No torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.conditions import Condition
@@ -9,59 +8,29 @@ from diffsynth_core.data.images import ImageHeader, read_image_header
 from diffsynth_core.data.media import is_clip
 from diffsynth_core.data.videos import read_video_header
 from diffsynth_core.errors import DiffSynthError, Problem, report, suggest
-from diffsynth_core.generation.prompts import PromptRow
-from diffsynth_core.generation.request import GenerationRequest
-from diffsynth_core.models.dataset_columns import size_problems
 from diffsynth_core.models.spec import FamilyFacts, Variant
-
-MOST_ENLARGED = 16
-"""An image or clip of more than this many times the usual number of pixels is a mistake: attention would take 256 times
-as long."""
-
-
-@dataclass(frozen=True)
-class ImageSize:
-    """Size of an image or clip in pixels and frames."""
-
-    height: int
-    width: int
-    num_frames: int = 1
-
-
-def check_size(size: ImageSize, variant: Variant) -> None:
-    """Report a size that the model cannot draw."""
-    problems = size_problems(size.height, size.width, size.num_frames, variant)
-    usual = variant.sampling.height * variant.sampling.width * variant.sampling.num_frames
-    if size.height * size.width * size.num_frames > MOST_ENLARGED * usual:
-        frames = f" x {size.num_frames} frames" if variant.target.kind == "video" else ""
-        usually = f"{variant.sampling.height} x {variant.sampling.width}"
-        usually += f" x {variant.sampling.num_frames} frames" if variant.target.kind == "video" else ""
-        what = f"{size.height} x {size.width}{frames} is more than {MOST_ENLARGED} times the usual {usually}"
-        problems.append(
-            Problem(f"{what} of {variant.title}", "pass a smaller `--height` and `--width`", wrong_use=True)
-        )
-    report(*problems)
-
-
-def check_guidance(request: GenerationRequest, rows: Sequence[PromptRow], cfg_scale: float, variant: Variant) -> None:
-    """Report a guidance that has no effect."""
-    if request.guidance is not None and variant.sampling.guidance is None:
-        what = f"`guidance` has no effect: {variant.title} has no guidance embedder"
-        report(Problem(what, "remove it, or set `--cfg_scale`", wrong_use=True))
-    negative = next((row.where for row in rows if row.negative_prompt), "")
-    if request.negative_prompt:
-        negative = "`--negative_prompt`"
-    if negative and cfg_scale == 1:
-        where = negative if negative.startswith("`--") else f"the negative prompt of {negative}"
-        what = f"{where} has no effect without classifier-free guidance: `cfg_scale` is 1"
-        report(Problem(what, "pass `--cfg_scale` above 1, such as 4, or remove it", wrong_use=True))
+from diffsynth_core.planning.prompts import PromptRow
 
 
 class ImageChecks:
     """Checks the images of prompts against what a model takes; a file is opened once."""
 
-    def __init__(self, facts: FamilyFacts, variant: Variant, needed: Sequence[str], max_pixels: int) -> None:
-        """`needed`: extra inputs of the run; the model may require others. `max_pixels`: of reference images."""
+    def __init__(
+        self,
+        facts: FamilyFacts,
+        variant: Variant,
+        needed: Sequence[str],
+        max_pixels: int,
+        way_out: Callable[[str, bool], str],
+    ) -> None:
+        """Check nothing yet.
+
+        Args:
+            needed: extra inputs of the run; the model may require others.
+            max_pixels: of reference images.
+            way_out: (extra input without images, whether the model requires it) -> hint.
+        """
+        self._way_out = way_out
         self._facts, self._variant, self._max_pixels = facts, variant, max_pixels
         accepted = [name for name in needed if name in variant.accepted_inputs]
         self._needed = dict.fromkeys((*accepted, *variant.required_inputs))
@@ -129,9 +98,7 @@ class ImageChecks:
 
     def _lacking(self, where: str, name: str) -> Problem:
         what = f"{where}{self._variant.title} draws from `{name}`, and none is given"
-        if name in self._variant.required_inputs:
-            return Problem(what, f"pass `--{name} FILE`", wrong_use=True)
-        return Problem(what, f'pass `--{name} FILE`, or draw without it: `--extra_inputs ""`', wrong_use=True)
+        return Problem(what, self._way_out(name, name in self._variant.required_inputs), wrong_use=True)
 
 
 def _check_frame(path: Path) -> None:
@@ -149,5 +116,6 @@ def _check_frame(path: Path) -> None:
 def _not_taken(where: str, name: str, variant: Variant) -> Problem:
     near = suggest(name, variant.accepted_inputs)
     known = f"it takes {', '.join(variant.accepted_inputs)}" if variant.accepted_inputs else "remove it"
-    hint = f"did you mean `--{near}`?" if near else known
+    meant = f"--{near}" if where.startswith("`--") else near
+    hint = f"did you mean `{meant}`?" if near else known
     return Problem(f"{where}: {variant.title} does not take `{name}`", hint, wrong_use=True)

@@ -1,4 +1,4 @@
-"""Prompts of a `generate` command: those on the command line, in a file, and in the dataset of a run. No torch."""
+"""Prompts to draw: those on the command line and in a file. No torch."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,31 +40,31 @@ class PromptRow:
     images: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
-def rows_of_options(prompts: Sequence[str]) -> list[PromptRow]:
-    """Return the prompts of the command line. Reports problems."""
-    rows = [PromptRow(f"`--prompt` {number}", prompt) for number, prompt in enumerate(prompts, 1)]
+def rows_of_options(prompts: Mapping[str, str]) -> list[PromptRow]:
+    """Return the prompts of the command line, from what gives each in messages -> its text. Reports problems."""
+    rows = [PromptRow(where, prompt) for where, prompt in prompts.items()]
     report(*(problem for row in rows for problem in _text_problems(row.where, row.prompt)))
     return rows
 
 
-def read_prompts(path: Path) -> list[PromptRow]:
-    """Return the prompts in a file. Reports problems.
+def read_prompts(path: Path, option: str) -> list[PromptRow]:
+    """Return the prompts in a file, which an option such as `--prompts` names. Reports problems.
 
     A text file has a prompt per line; blank lines are skipped. A table has the column `prompt`, and may have
     `negative_prompt`, `seed` and the extra inputs of the model, whose files are relative to the table.
     """
     if path.suffix.lower() not in SUFFIXES:
         known = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        report(Problem(f"`--prompts` `{path}` is not a prompts file: expected {known}", "pass another file", True))
+        report(Problem(f"`{option}` `{path}` is not a prompts file: expected {known}", "pass another file", True))
         return []
     if not path.is_file():
-        what = f"`--prompts` `{path}` is a folder" if path.is_dir() else f"`--prompts` `{path}` does not exist"
+        what = f"`{option}` `{path}` is a folder" if path.is_dir() else f"`{option}` `{path}` does not exist"
         report(Problem(what, "pass a file with prompts", wrong_use=True))
         return []
     try:
         found = _lines(path) if path.suffix.lower() == ".txt" else _table(path)
     except OSError as error:
-        report(Problem(f"`--prompts` `{path}` cannot be read: {error.strerror}", "change its permissions"))
+        report(Problem(f"`{option}` `{path}` cannot be read: {error.strerror}", "change its permissions"))
         return []
     report(*(problem for row in found for problem in _text_problems(row.where, row.prompt)))
     return found

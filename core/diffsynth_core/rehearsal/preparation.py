@@ -57,7 +57,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
             changes |= {setting.name: None for setting in about_files}
     if parameters.max_steps is None:
         changes["max_steps"] = SETTINGS["max_steps"].rehearsal_limit
-    changes |= _fewer_blocks(parameters, reporter)
+    changes |= _fewer_blocks(parameters, reporter) | _fewer_sampling_steps(resolved, reporter)
     variant = variant_of(named, facts, parameters.extra_inputs)
     changes |= _reduced_size(resolved, variant, reporter)
     if not resolved.origin("dataset_base_path").is_given:
@@ -102,6 +102,19 @@ def _fewer_blocks(parameters: Parameters, reporter: Reporter) -> dict[str, objec
         return {}
     reporter.info(f"The rehearsal swaps {limit} blocks (instead of {asked}): its models are tiny")
     return {"blocks_to_swap": limit}
+
+
+def _fewer_sampling_steps(resolved: Resolved, reporter: Reporter) -> dict[str, object]:
+    """Return fewer sampling steps of previews, unless they are set on the command line, and report the change."""
+    asked, limit = resolved.parameters.preview_steps, SETTINGS["preview_steps"].rehearsal_limit
+    assert limit
+    if resolved.parameters.preview_prompts is None or resolved.origin("preview_steps").kind == "flag":
+        return {}
+    if asked is not None and asked <= limit:
+        return {}
+    instead = f"`preview_steps` {limit} (instead of {asked or 'those of the model'})"
+    reporter.info(f"The rehearsal draws in few steps: {instead}; pass the flag to use another number")
+    return {"preview_steps": limit}
 
 
 def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:

@@ -4,6 +4,7 @@ from datetime import datetime, timedelta
 
 from diffsynth_core.planning.disk import count_checkpoints, save_interval, state_interval
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.preview_steps import count_drawings
 from diffsynth_core.planning.probing import PROFILE_WARM_UP
 from diffsynth_core.planning.validation import count_validations
 from diffsynth_core.progress import Reporter, format_duration
@@ -53,8 +54,9 @@ def seconds_left(plan: RunPlan, pace: Pace, done: int, step_seconds: float) -> f
     checkpoints = count_checkpoints(plan) - done // save_interval(plan)
     states = -(-total // state_interval(plan)) - done // state_interval(plan)
     validating = count_validations(plan, done, total) * pace.validation_seconds
+    drawing = count_drawings(plan, done, total) * pace.drawing_seconds
     saving = checkpoints * pace.checkpoint_seconds + states * pace.state_seconds
-    return (total - done) * step_seconds + saving + validating
+    return (total - done) * step_seconds + saving + validating + drawing
 
 
 def cost_in_words(plan: RunPlan, seconds: float) -> str:

@@ -27,7 +27,9 @@ from diffsynth_core.checkpoints.run_folder import (
     RunRecord,
     claim_folder,
     folder_identity,
+    forget_previews,
     package_versions,
+    read_previews,
     read_record,
     recorded_steps,
 )
@@ -45,6 +47,7 @@ from diffsynth_core.planning.engines import SHARDING_VARIABLES
 from diffsynth_core.planning.memory import device_memory
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.preview_steps import preview_is_due
 from diffsynth_core.planning.sizes import check_compilations, find_workload
 from diffsynth_core.planning.trackers import chosen_trackers
 from diffsynth_core.planning.validation import validation_is_due
@@ -68,6 +71,7 @@ from diffsynth_core.training.observers import (
 )
 from diffsynth_core.training.pace import Pace
 from diffsynth_core.training.page_observer import PageObserver
+from diffsynth_core.training.previews import Previews, encode_previews
 from diffsynth_core.training.profile import ProfileObserver
 from diffsynth_core.training.schedules import learning_rate
 from diffsynth_core.training.trackers import tracker_observers
@@ -141,9 +145,11 @@ def _open_run(
         raise DiffSynthError(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
-    plan = with_start_of_first(plan, accelerator)
-    plan, model, engine = load_for_steps(plan, accelerator, reporter, stop, open_engine)
-    return Run(plan, model, accelerator, reporter, engine, observers, pace)
+    plan = fill_encodings(with_start_of_first(plan, accelerator), accelerator, reporter, stop)
+    encoded = encode_previews(plan, load_family(plan.model.facts.name), accelerator, reporter, stop)
+    model, engine = load_model(plan, accelerator, reporter, stop, open_engine)
+    previews = Previews(plan, encoded, model, engine, accelerator, reporter)
+    return Run(plan, model, accelerator, reporter, engine, previews, observers, pace)
 
 
 def load_for_steps(
@@ -154,16 +160,32 @@ def load_for_steps(
     open_engine: MakeEngine = make_engine,
 ) -> tuple[RunPlan, TrainingModule, Engine]:
     """Fill the cache and load what a step needs; return it with the plan that knows the encodings."""
+    plan = fill_encodings(plan, accelerator, reporter, stop)
+    return plan, *load_model(plan, accelerator, reporter, stop, open_engine)
+
+
+def fill_encodings(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> RunPlan:
+    """Fill the cache, and return the plan that knows the encodings."""
     check_compilations(plan)
-    family = load_family(plan.model.facts.name)
     plan = with_encodings(plan, reporter)
     _check_identities(plan)
-    fill_cache(plan, family, accelerator, reporter, stop)
+    fill_cache(plan, load_family(plan.model.facts.name), accelerator, reporter, stop)
     stop.raise_if_set()
-    engine = open_engine(plan, accelerator)
+    return plan
+
+
+def load_model(
+    plan: RunPlan,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    stop: StopRequest,
+    open_engine: MakeEngine = make_engine,
+) -> tuple[TrainingModule, Engine]:
+    """Load what a step needs, through the engine that carries out the steps."""
+    engine, family = open_engine(plan, accelerator), load_family(plan.model.facts.name)
     model = build_training_module(plan, family, accelerator.device, reporter, engine.place, engine.whole)
     stop.raise_if_set()
-    return plan, model, engine
+    return model, engine
 
 
 def make_accelerator(plan: RunPlan) -> Accelerator:
@@ -238,6 +260,7 @@ class Run:
         accelerator: Accelerator,
         reporter: Reporter,
         engine: Engine,
+        previews: Previews,
         observers: Sequence[Observer],
         pace: Pace,
     ) -> None:
@@ -251,6 +274,7 @@ class Run:
         self.samples_seen = 0
         self.skipped_in_a_row = 0
         self.validation = Validation(plan, engine, accelerator.process_index, accelerator.device)
+        self.previews = previews
         self.validated: ValidationReport | None = None
         """The latest validation of this command."""
         self.pace = pace
@@ -314,6 +338,8 @@ class Run:
             self._validate()
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
+        if bool(self.plan.previews) and of_first(first not in read_previews(self.folder), self.accelerator):
+            self._draw_previews(stop)
         with self.reporter.task("Training", total, "steps", done=first) as task:
             observers = (*self.observers, ProgressObserver(task, self.accelerator.device))
             for step in range(first, total):
@@ -355,6 +381,8 @@ class Run:
                     if out_of_time:
                         raise self._out_of_time()
                     return
+                if not stopping:  # after the saves, so that a run that ends here draws them when it is resumed
+                    self._draw_previews(stop)
 
     def _validate(self) -> None:
         """Measure the loss on the held-out samples, if that is due after the steps done."""
@@ -366,6 +394,16 @@ class Run:
         self.reporter.info(f"Validation loss {report.loss:.4f} after step {self.done}")
         for observer in self.observers:
             observer.on_validation(report)
+
+    def _draw_previews(self, stop: StopRequest) -> None:
+        """Draw the previews, if that is due after the steps done."""
+        if not preview_is_due(self.plan, self.done):
+            return
+        with self.pace.drawing():
+            folder = self.previews.draw(self.done, stop)
+        if folder:
+            for observer in self.observers:
+                observer.on_preview(folder, self.done)
 
     def _check_time(self, stop: StopRequest) -> None:
         """Stop before the first step if encoding and loading left too little time even for a save after it."""
@@ -417,7 +455,8 @@ class Run:
             return False
         saves_after_it = self._checkpoint_is_due(self.done + 1) or self._state_is_due(self.done + 1)
         validations = sum(validation_is_due(self.plan, self.done + ahead) for ahead in (1, 2))
-        return not self.pace.allows_another(stop.seconds_left, 1 + saves_after_it, validations)
+        drawings = int(preview_is_due(self.plan, self.done + 1))
+        return not self.pace.allows_another(stop.seconds_left, 1 + saves_after_it, validations, drawings)
 
     def _check_finite(self, step: int, loss: float, gradient_norm: float) -> None:
         """Stop before the optimizer uses a non-finite value; float16 scaling skips non-finite gradients itself.
@@ -584,6 +623,7 @@ class Run:
         )
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            forget_previews(self.folder, after=plan.output.start.first_step)
             self.reporter.log_to(self.folder / LOG)
             record.save(self.folder)
         self.engine.wait()

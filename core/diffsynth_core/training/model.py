@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.lora import load_lora
 from diffsynth_core.adapters.swap import swaps_of
 from diffsynth_core.adapters.tensors import Place, Whole, as_is, place
+from diffsynth_core.generation.sampling import predict_velocities
 from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.compilation import compile_blocks
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
@@ -27,8 +29,25 @@ from diffsynth_core.training.objectives import make_objective
 from diffsynth_core.training.trained_swap import TrainedSwap
 
 
+@dataclass(frozen=True)
+class SamplingStep:
+    """What a sampling step asks of the denoiser.
+
+    Attributes:
+        noisy: latents `[1, C, F, h, w]` float32.
+        sigma: `[1]` float32.
+        batches: with the prompt and, with guidance, with the negative one, as `collate` returns them, on the device.
+    """
+
+    noisy: Tensor
+    sigma: Tensor
+    batches: tuple[Encoded, ...]
+
+
 class TrainingModule(nn.Module):
-    """All components that take part in a step, as one module whose forward pass is the loss of each sample."""
+    """All components that take part in a step, as one module whose forward pass is the loss of each sample of a
+    micro-batch, or the velocities of a sampling step.
+    """
 
     def __init__(
         self,
@@ -51,10 +70,21 @@ class TrainingModule(nn.Module):
         self.objective = make_objective(plan, family)
         self._swaps, self.trained_swap, self._device = swaps_of(self.components), trained_swap, device
 
-    def forward(self, micro_batch: MicroBatch) -> Tensor:
-        """The loss of each sample, `[B]` float32."""
+    def forward(self, inputs: MicroBatch | SamplingStep) -> Tensor:
+        """The loss of each sample of a micro-batch, `[B]` float32, or the velocity with each batch of a sampling step,
+        `[N, 1, C, F, h, w]`.
+
+        One forward pass for both, because engines gather weights and cast them around it.
+        """
         for swap in self._swaps:
             swap.begin(self._device)
+        return self._velocities(inputs) if isinstance(inputs, SamplingStep) else self._losses(inputs)
+
+    def _velocities(self, step: SamplingStep) -> Tensor:
+        known = self._known()
+        return torch.stack(predict_velocities(self._family, known, step.noisy, step.sigma, step.batches))
+
+    def _losses(self, micro_batch: MicroBatch) -> Tensor:
         batch, settings = self._encode(micro_batch), self._parameters_of_run
 
         def predict(noisy: Tensor, sigma: Tensor) -> Tensor:

@@ -59,6 +59,9 @@ class Observer:
     def on_validation(self, report: ValidationReport) -> None:
         """Called after the loss on held-out samples was measured: before the first step, and after some."""
 
+    def on_preview(self, folder: Path, step: int) -> None:
+        """Called after previews were drawn and `folder` lists them (`images.json`); in the main process only."""
+
     def on_save(self, path: Path, step: int) -> None:
         """Called after a checkpoint was written; in the main process only."""
 

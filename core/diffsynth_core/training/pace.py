@@ -11,12 +11,14 @@ class Pace:
     """What the process that saves measures: only it is never kept waiting by the saves of another.
 
     Attributes:
-        slowest_step: seconds, with everything from one step to the next but saves and validations; 0 before the first.
+        slowest_step: seconds, with everything from one step to the next but saves, validations and previews; 0
+            before the first.
         validation_seconds: of the slowest validation so far; 0 before the first.
+        drawing_seconds: of the slowest drawing of previews so far; 0 before the first.
     """
 
     def __init__(self, assumed: SaveSeconds) -> None:
-        self.slowest_step = self.validation_seconds = 0.0
+        self.slowest_step = self.validation_seconds = self.drawing_seconds = 0.0
         self._assumed, self._checkpoint, self._state = assumed, 0.0, 0.0
         self._started = self._begun = time.monotonic()
 
@@ -69,7 +71,14 @@ class Pace:
         yield
         self.validation_seconds = max(self.validation_seconds, time.monotonic() - begun)
 
-    def allows_another(self, seconds_left: float, saves: int, validations: int = 0) -> bool:
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Measure the drawing of previews in the block."""
+        begun = time.monotonic()
+        yield
+        self.drawing_seconds = max(self.drawing_seconds, time.monotonic() - begun)
+
+    def allows_another(self, seconds_left: float, saves: int, validations: int = 0, drawings: int = 0) -> bool:
         """Return, during a step, whether the next one can end and be saved in time as well.
 
         What is left of this step and the next one are taken to be as slow as the slowest, this one so far included.
@@ -77,6 +86,8 @@ class Pace:
         Args:
             saves: how often something is saved until then, the last save included.
             validations: how often the run validates until then.
+            drawings: how often it draws previews until then.
         """
         slowest = max(self.slowest_step, time.monotonic() - self._begun)
-        return seconds_left >= 2 * slowest + saves * self.save_seconds + validations * self.validation_seconds
+        besides = validations * self.validation_seconds + drawings * self.drawing_seconds
+        return seconds_left >= 2 * slowest + saves * self.save_seconds + besides

@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from diffsynth_core.checkpoints.run_folder import RunRecord
+import numpy as np
+from PIL import Image
+
+from diffsynth_core.checkpoints.run_folder import RunRecord, read_preview_list
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.files import LineFile, write_text
@@ -44,6 +47,13 @@ class Tracker(Protocol):
 
     def finish(self) -> None:
         """Close the run in the tracker."""
+
+
+class ImageTracker(Tracker, Protocol):
+    """A tracker that takes images too."""
+
+    def log_images(self, values: Mapping[str, np.ndarray[Any, Any]], step: int, **options: Any) -> None:
+        """Add images of a step, each `[1, H, W, 3]` uint8, by name."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +192,14 @@ again.
 """
 
 
+IMAGE_OPTIONS: Mapping[str, Mapping[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}, "swanlab": {}}
+"""Trackers that are `ImageTracker`s -> options of `log_images`."""
+
+
 class TrackerObserver(Observer):
-    """Sends metrics to a tracker. If it fails, this is told once, and the run continues without it."""
+    """Sends metrics to a tracker, and previews that are images to those that take some. If it fails, this is told once,
+    and the run continues without it.
+    """
 
     def __init__(self, name: str, run: TrackedRun, sent: int | None, reporter: Reporter) -> None:
         """Start the tracker.
@@ -206,13 +222,25 @@ class TrackerObserver(Observer):
     def on_step(self, report: StepReport) -> None:
         self._log(metrics_of(report), report.step)
 
+    def on_preview(self, folder: Path, step: int) -> None:
+        listed = read_preview_list(folder)
+        if self._name in IMAGE_OPTIONS and listed:
+            names = [one.file for one in listed.images if one.num_frames == 1]
+            images = {f"preview_{Path(name).stem}": _read_image(folder / name) for name in names}
+            options = IMAGE_OPTIONS[self._name]
+            self._send(step, lambda tracker: cast(ImageTracker, tracker).log_images(images, step=step, **options))
+
     def on_validation(self, report: ValidationReport) -> None:
         self._log(metrics_of_validation(report), report.step)
 
     def _log(self, values: dict[str, float | int], step: int) -> None:
+        sent = {name: value for name, value in values.items() if name != "step"}
+        self._send(step, lambda tracker: tracker.log(sent, step=step))
+
+    def _send(self, step: int, send: Callable[[Tracker], None]) -> None:
         if self._tracker and step > self._sent:
             try:
-                self._tracker.log({name: value for name, value in values.items() if name != "step"}, step=step)
+                send(self._tracker)
             except Exception as error:
                 self._give_up(f"has failed at step {step}", error)
 
@@ -227,6 +255,11 @@ class TrackerObserver(Observer):
         self._tracker = None
         reason = str(error) or type(error).__name__
         self._reporter.warn(f"the tracker `{self._name}` {what}: {reason}; the run continues without it")
+
+
+def _read_image(path: Path) -> np.ndarray[Any, Any]:
+    """Return an image as `[1, H, W, 3]` uint8."""
+    return np.asarray(Image.open(path).convert("RGB"))[None]
 
 
 def as_shown(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 
 from diffsynth_core.adapters.deltas import open_deltas
 from diffsynth_core.adapters.lora import lora_layers
-from diffsynth_core.generation.job import AppliedLora, GenerationJob
 from diffsynth_core.generation.loras import lora_setup, merged_differences, set_loras
 from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.planning.jobs import AppliedLora, GenerationJob
 from diffsynth_core.planning.lora_files import read_lora_of, tensor_shapes
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.progress import SilentReporter

@@ -12,7 +12,7 @@ from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.training.loader import MicroBatch
-from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.training.model import SamplingStep, TrainingModule
 
 
 class Engine(ABC):
@@ -47,11 +47,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+    def evaluate(self, inputs: MicroBatch | SamplingStep) -> Tensor:
         """Run a forward pass without gradients, outside of steps.
 
         Returns:
-            The loss of each sample, `[B]` float32.
+            The loss of each sample, `[B]` float32, or velocities: see the module's forward pass.
         """
 
     @abstractmethod

@@ -23,7 +23,7 @@ from diffsynth_core.training.engines.dividing import DividingEngine
 from diffsynth_core.training.engines.gradients import norm_of
 from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
-from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.training.model import SamplingStep, TrainingModule
 from diffsynth_core.weights.writing import LazyStateDict
 
 
@@ -117,19 +117,19 @@ class ShardedEngine(DividingEngine):
         self._clear()
         return losses
 
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+    def evaluate(self, inputs: MicroBatch | SamplingStep) -> Tensor:
         with torch.no_grad():
-            losses = self._forward(micro_batch)
+            outputs = self._forward(inputs)
         for part in self._module.modules():
             if isinstance(part, FSDPModule):  # some stay gathered for a backward pass, and would be used after updates
                 part.reshard()
-        return losses
+        return outputs
 
-    def _forward(self, micro_batch: MicroBatch) -> Tensor:
+    def _forward(self, inputs: MicroBatch | SamplingStep) -> Tensor:
         # A cache would keep copies of gathered weights that FSDP frees.
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
-            losses: Tensor = self._module(micro_batch)
-        return losses
+            outputs: Tensor = self._module(inputs)
+        return outputs
 
     def begin(self, rate: float, number: int) -> None:
         for group in self._optimizer.param_groups:

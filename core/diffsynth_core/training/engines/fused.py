@@ -7,7 +7,7 @@ from diffsynth_core.adapters.tensors import move_buffers
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer, PerParameterOptimizer
 from diffsynth_core.training.engines.replicated import ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch
-from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.training.model import SamplingStep, TrainingModule
 
 
 class FusedEngine(ReplicatedEngine):
@@ -40,10 +40,11 @@ class FusedEngine(ReplicatedEngine):
         self._swap.release()
         return losses
 
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
-        losses = super().evaluate(micro_batch)
-        self._swap.release()
-        return losses
+    def evaluate(self, inputs: MicroBatch | SamplingStep) -> Tensor:
+        try:
+            return super().evaluate(inputs)
+        finally:
+            self._swap.release()
 
     def begin(self, rate: float, number: int) -> None:
         super().begin(rate, number)

@@ -15,7 +15,7 @@ from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.engines.gradients import norm_of
 from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
-from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.training.model import SamplingStep, TrainingModule
 
 
 class ReplicatedEngine(Engine):
@@ -42,10 +42,10 @@ class ReplicatedEngine(Engine):
         self._plain.zero_grad(set_to_none=True)
         return losses.detach()
 
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+    def evaluate(self, inputs: MicroBatch | SamplingStep) -> Tensor:
         with torch.no_grad():
-            losses: Tensor = self._module(micro_batch)
-        return losses
+            outputs: Tensor = self._module(inputs)
+        return outputs
 
     def begin(self, rate: float, number: int) -> None:
         for group in self._plain.param_groups:

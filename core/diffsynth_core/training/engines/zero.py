@@ -27,7 +27,7 @@ from diffsynth_core.planning.sharding import REDUCE_BUCKET
 from diffsynth_core.training.engines.dividing import DividingEngine
 from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch
-from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.training.model import SamplingStep, TrainingModule
 from diffsynth_core.weights.writing import LazyStateDict
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -84,10 +84,10 @@ class ZeroEngine(DividingEngine):
         del taken
         return losses
 
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+    def evaluate(self, inputs: MicroBatch | SamplingStep) -> Tensor:
         with torch.no_grad():
-            losses: Tensor = self._engine(micro_batch)
-        return losses
+            outputs: Tensor = self._engine(inputs)
+        return outputs
 
     def begin(self, rate: float, number: int) -> None:
         for group in self._optimizer.param_groups:
@@ -211,10 +211,10 @@ class _UnderAutocast(nn.Module):
         self.module = module
         self._autocast = partial(accelerator.autocast, autocast)
 
-    def forward(self, micro_batch: MicroBatch) -> Tensor:
+    def forward(self, inputs: MicroBatch | SamplingStep) -> Tensor:
         with self._autocast():
-            losses: Tensor = self.module(micro_batch)
-        return losses
+            outputs: Tensor = self.module(inputs)
+        return outputs
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
