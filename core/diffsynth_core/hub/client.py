@@ -9,7 +9,7 @@ does the rest, once for both.
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,6 +41,11 @@ class Repository:
 
     kind: Literal["model", "dataset"]
     name: str
+
+    @property
+    def owner(self) -> str:
+        """The user or organization that it belongs to."""
+        return self.name.partition("/")[0]
 
     def folder(self, base: Path) -> Path:
         """Return the local folder of the repository: that of the model, usually below `base`; `base` for a dataset."""
@@ -110,6 +115,18 @@ class Hub(Protocol):
         Yields the offset of the first byte, and an iterator of chunks.
         """
 
+    def check_account(self, repository: Repository) -> None:
+        """Check that there is a token, and as far as the hub says, that it may write to repositories of this owner."""
+
+    def create(self, repository: Repository, private: bool) -> None:
+        """Create a model repository unless it exists; one that exists and is public is refused if `private`."""
+
+    def commit(self, repository: Repository, files: Mapping[str, Path | bytes], message: str) -> None:
+        """Add files to a model repository in one commit: path there -> the file or its content."""
+
+    def upload_command(self, repository: Repository, path: Path) -> str:
+        """Return the command of the SDK that uploads a file."""
+
 
 def download_source(given: str | None) -> str:
     """Return the name of the hub to use: the given one, `$DIFFSYNTH_DOWNLOAD_SOURCE`, or ModelScope.
@@ -161,6 +178,25 @@ def access_denied(hub: Hub, repository: Repository) -> HubAccessError:
         f"{hub.title} denied access to `{repository.name}`: its license is not accepted, or it is private",
         f"accept the license at {hub.page(repository)}, and log in with `{hub.login}`",
     )
+
+
+def no_token(hub: Hub) -> HubAccessError:
+    """Return the error for a user who is not logged in, or whose token is not valid."""
+    return HubAccessError(
+        f"{hub.title} has no valid token of yours, which an upload needs", f"log in with `{hub.login}`"
+    )
+
+
+def write_denied(hub: Hub, repository: Repository, reason: str = "") -> HubAccessError:
+    """Return the error for a repository that this user may not create or write to."""
+    what = f"{hub.title} does not let you write to `{repository.name}`{reason}"
+    return HubAccessError(what, f"check the owner, or log in with a token that may write: `{hub.login}`")
+
+
+def is_public(hub: Hub, repository: Repository) -> HubAccessError:
+    """Return the error for a repository that everybody can read."""
+    what = f"`{repository.name}` on {hub.title} is public"
+    return HubAccessError(what, "pass `--hub_public` to upload to it all the same, or choose another repository")
 
 
 @contextmanager

@@ -1,21 +1,24 @@
 """Hugging Face, through its SDK."""
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
+from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status
 
 from diffsynth_core.hub.client import (
     SKIP_VARIABLE,
@@ -26,10 +29,13 @@ from diffsynth_core.hub.client import (
     Repository,
     TransientHubError,
     access_denied,
+    is_public,
+    no_token,
     not_found,
     parsing_response,
     silence,
     status_error,
+    write_denied,
 )
 from diffsynth_core.hub.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
@@ -70,6 +76,53 @@ class HuggingFace(Hub):
                 first_byte(response.status_code, response.headers, file.size),
                 chunks_within(self._translated(repository, file.path), response.iter_bytes(CHUNK_BYTES)),
             )
+
+    def check_account(self, repository: Repository) -> None:
+        with parsing_response(), self._writing(repository):
+            account = self._api.whoami()
+            owners = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
+            role = account.get("auth", {}).get("accessToken", {}).get("role")
+        if repository.owner not in owners:
+            raise write_denied(self, repository, f": it belongs neither to `{owners[0]}` nor to an organization of it")
+        if role == "read":
+            raise write_denied(self, repository, ": your token may only read")
+
+    def create(self, repository: Repository, private: bool) -> None:
+        with parsing_response(), self._writing(repository):
+            self._api.create_repo(repository.name, private=private, exist_ok=True)
+            found = self._api.repo_info(repository.name)
+        if private and not found.private:
+            raise is_public(self, repository)
+
+    def commit(self, repository: Repository, files: Mapping[str, Path | bytes], message: str) -> None:
+        disable_progress_bars()  # they would be drawn over those of the run
+        additions = [CommitOperationAdd(path, content) for path, content in files.items()]
+        with self._writing(repository):
+            self._api.create_commit(repository.name, additions, commit_message=message)
+
+    def upload_command(self, repository: Repository, path: Path) -> str:
+        return shlex.join(["hf", "upload", repository.name, str(path), path.name])
+
+    @contextmanager
+    def _writing(self, repository: Repository) -> Iterator[None]:
+        """Convert errors of the SDK while it writes to ours, without their messages."""
+        try:
+            yield
+        except LocalTokenNotFoundError as error:
+            raise no_token(self) from error
+        except OfflineModeIsEnabled as error:
+            what = "HF_HUB_OFFLINE is set, so nothing can be uploaded to Hugging Face"
+            raise HubAccessError(what, "unset it, or remove `--push_to_hub`") from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise write_denied(self, repository) from error
+        except HfHubHTTPError as error:
+            if error.response.status_code == HTTPStatus.UNAUTHORIZED:
+                raise no_token(self) from error
+            if error.response.status_code == HTTPStatus.FORBIDDEN:
+                raise write_denied(self, repository) from error
+            raise status_error(error.response.status_code) from error
+        except (httpx2.HTTPError, OSError, RuntimeError) as error:
+            raise TransientHubError(f"the connection was lost ({type(error.__cause__ or error).__name__})") from error
 
     @contextmanager
     def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:
