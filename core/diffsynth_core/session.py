@@ -114,6 +114,8 @@ class Session:
                     completed[resolved.stage] = error.problems[0]
                 else:
                     faults[resolved.stage] = error.problems
+            if not without_files and resolved.stage not in completed:
+                faults[resolved.stage] = [*faults.get(resolved.stage, ()), *_unreachable(resolved)]
         raise_if_any(
             missing_in_one(_name_stages({resolved.stage: faults.get(resolved.stage, ()) for resolved in self.stages}))
         )
@@ -155,14 +157,21 @@ class Session:
             download_missing(wanted, base, plan, self.reporter, messages or self.reporter, show)
 
     def check_machine(self, plans: Plans) -> None:
-        """Raises: FaultsFound: if the states of a run do not fit the disk of its output folder, or what waits in host
-        memory does not fit there."""
+        """Look at what a run needs besides its files, and create the repositories that it uploads to.
+
+        Raises:
+            FaultsFound: if the states of a run do not fit the disk of its output folder, what waits in host memory does
+                not fit there, or a hub refuses to create a repository.
+        """
         from diffsynth_core.planning.host_memory import host_problems
         from diffsynth_core.planning.states_on_disk import state_problems
+        from diffsynth_core.planning.uploads import create_repository
 
         if plans:
             found = {stage: [*state_problems(plan), *host_problems(plan)] for stage, plan in plans.items()}
             raise_if_any(_name_stages(found))
+            if os.environ.get("RANK", "0") == "0":
+                raise_if_any(_name_stages({stage: create_repository(plan.parameters) for stage, plan in plans.items()}))
 
     def train(
         self, plans: Plans | None = None, stop: "StopRequest | None" = None, announce: Announce = lambda *_: None
@@ -273,6 +282,16 @@ def _launch_problems(resolved: Resolved) -> list[Problem]:
     what = "`{name}` has no effect in a session, which trains in the process that it is called in"
     hint = "remove it, or train with `diffsynth train`, which starts the processes"
     return [Problem(what.format(name=name), hint, wrong_use=True) for name, value in asked.items() if value]
+
+
+def _unreachable(resolved: Resolved) -> list[Problem]:
+    """The problems of other places that the run is copied to; the first of its processes looks for them."""
+    from diffsynth_core.planning.mirror import unreachable_mirror
+    from diffsynth_core.planning.uploads import refused_account
+
+    if resolved.parameters.rehearse or os.environ.get("RANK", "0") != "0":
+        return []
+    return [*unreachable_mirror(resolved.parameters), *refused_account(resolved.parameters)]
 
 
 def _name_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]:

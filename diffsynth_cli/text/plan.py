@@ -7,9 +7,10 @@ from diffsynth_core.config.choices import SWAP_BUFFERS, TRAINING_TIMESTEPS
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import list_names
+from diffsynth_core.hub.client import download_source
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.planning.block_swap import swappable_blocks
-from diffsynth_core.planning.disk import file_bytes, has_scales
+from diffsynth_core.planning.disk import checkpoint_bytes, file_bytes, has_scales, state_bytes
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.host_memory import shortage_here
 from diffsynth_core.planning.lora_targets import kinds_of
@@ -49,6 +50,8 @@ def plan_lines(plan: RunPlan, reporter: Reporter, estimated: bool = False) -> It
         yield from _step_lines(plan)
     yield from _encoding_lines(plan, reporter)
     yield f"Output to `{plan.parameters.output_path}`"
+    for line in shared_in_words(plan):
+        yield f"  {line}"
 
 
 def parameter_lines(plan: RunPlan) -> Iterator[str]:
@@ -207,6 +210,17 @@ def previewed_in_words(plan: RunPlan) -> str:
     passes = pluralize(times * passes_of_drawing(plan), "forward pass", "forward passes")
     loaded = f"{plan.model.variant.decoder} is loaded beside the model to decode them"
     return f"{what} in {steps}, before the first step, {when} and after the last: {passes}; {loaded}"
+
+
+def shared_in_words(plan: RunPlan) -> Iterator[str]:
+    """Where a run is copied while it goes on, and how much each time."""
+    parameters, checkpoint, state = plan.parameters, format_bytes(checkpoint_bytes(plan)), state_bytes(plan)
+    if parameters.mirror:
+        yield f"copied to `{parameters.mirror}`: {checkpoint} with each checkpoint and {format_bytes(state)} with each state"
+    if parameters.push_to_hub:
+        hub = download_source(parameters.hub)
+        readers = "which everybody can read" if parameters.hub_public else "created private unless it exists"
+        yield f"uploaded to `{parameters.push_to_hub}` ({hub}), {readers}: {checkpoint} with each checkpoint"
 
 
 def compiled_in_words(plan: RunPlan) -> str:

@@ -13,6 +13,7 @@ from diffsynth_cli.text.plan import (
     format_size,
     list_sizes,
     previewed_in_words,
+    shared_in_words,
     start_lines,
     steps_in_words,
     swapped_in_words,
@@ -72,6 +73,8 @@ def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[s
         yield _labeled("Memory", _memory(plan, estimate))
         yield _labeled("Disk", _disk(plan, estimate))
     yield _labeled("Output", f"`{plan.parameters.output_path}`")
+    for line in shared_in_words(plan):
+        yield _labeled("", line)
 
 
 def _labeled(label: str, text: str) -> str:

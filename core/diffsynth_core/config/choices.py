@@ -16,6 +16,8 @@ SplitDtype = Literal["float32", "bfloat16", "float16", "fp8_scaled"]
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of weights and of the computation."""
 
+HubName = Literal["modelscope", "huggingface"]
+"""Hubs that files are downloaded from and uploaded to."""
 TrainedDtype = Literal["float32", "bf16"]
 """Dtypes of weights that train in full."""
 MixedPrecision = Literal["no", "bf16", "fp16"]

@@ -17,6 +17,7 @@ from diffsynth_core.config.choices import (
     MAX_SAMPLING_STEPS,
     AttentionName,
     Checkpointing,
+    HubName,
     LoraFormat,
     MixedPrecision,
     TrainedDtype,
@@ -140,7 +141,7 @@ Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=Fal
 FilePath = Annotated[Path, BeforeValidator(_reject_empty)]
 """A path that is not empty."""
 FolderName = Annotated[str, BeforeValidator(_reject_empty)]
-"""Path of a folder, or `model_id:folder`."""
+"""Path of a folder, `model_id:folder`, or a URL."""
 PreviewPrompts = Annotated[str, BeforeValidator(_reject_empty)]
 """A prompt, the path of a file with prompts, or `dataset`."""
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
@@ -213,11 +214,12 @@ Compared = Literal["value", "course", "dataset", "weights", "precision", "storag
 """
 
 
-Rehearsal = Literal["same", "removed", "own"]
+Rehearsal = Literal["same", "removed", "unused", "own"]
 """What a rehearsal makes of a parameter.
 
 - same: the value of the run, or a smaller one if it has a limit for rehearsals
 - removed: nothing, because it is about files for the real weights
+- unused: nothing, because it is about other places than the folder of the run
 - own: the value for the rehearsal itself, which the command of the real run does not repeat
 """
 
@@ -1116,6 +1118,46 @@ class Parameters(BaseModel):
         rehearsal_limit=2,
         ge=1,
         le=MAX_SAMPLING_STEPS,
+    )
+    mirror: FolderName | None = _setting(
+        None,
+        "output",
+        "str",
+        "Folder or URL, such as `s3://bucket/run`, to which checkpoints, states, metrics and previews are copied while the run goes on, so that it can be resumed elsewhere if the machine is lost: copied back into `output_path`, it resumes with `--resume auto`; per stage a folder below it. URLs are those of fsspec, with its packages (s3fs, gcsfs, …) and their logins. A mirror that fails does not end the run",
+        changes="files",
+        documented=False,
+        in_recipes=False,
+        rehearsal="unused",
+    )
+    push_to_hub: str | None = _setting(
+        None,
+        "output",
+        "str",
+        "Repository `owner/name` to which each checkpoint is uploaded while the run goes on, with a model card (figures, parameters, previews; no path of this machine); created private, per stage as `owner/name-stage`. The token is that of the hub's own login. A hub that fails does not end the run",
+        changes="files",
+        documented=False,
+        in_recipes=False,
+        rehearsal="unused",
+    )
+    hub: HubName | None = _setting(
+        None,
+        "output",
+        "choice",
+        "Hub of `push_to_hub`; default: that of downloads, `$DIFFSYNTH_DOWNLOAD_SOURCE` or modelscope",
+        changes="files",
+        documented=False,
+        in_recipes=False,
+        rehearsal="unused",
+    )
+    hub_public: bool = _setting(
+        False,
+        "output",
+        "bool",
+        "Create the repository of `push_to_hub` for everybody to read, or upload to one that everybody can read",
+        changes="files",
+        documented=False,
+        in_recipes=False,
+        rehearsal="unused",
     )
     log_with: CommaList = _setting(
         (),

@@ -198,7 +198,10 @@ def _resolve_one(
         # A folder set in the stage itself is used as is; any other is the parent of the folders of all stages.
         of_stage = origins.get("output_path", DEFAULT).stage == stage
         folder = parameters.output_path if of_stage else parameters.output_path / stage
-        parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
+        mirror = parameters.mirror and f"{parameters.mirror.rstrip('/')}/{stage}"
+        repository = parameters.push_to_hub and f"{parameters.push_to_hub}-{stage}"
+        of_stage_alone = {"only": stage, "output_path": folder, "mirror": mirror, "push_to_hub": repository}
+        parameters = parameters.model_copy(update=of_stage_alone)
     consequences = _cross_problems(parameters, invalid)
     consequences += parameters_of_other_families(parameters, family, origins) if family else []
     faults += independent_problems(consequences, invalid)

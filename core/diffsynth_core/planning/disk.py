@@ -69,15 +69,21 @@ def assumed_save_seconds(plan: RunPlan) -> SaveSeconds:
 
 
 def most_checkpoints(plan: RunPlan) -> int:
-    """How many checkpoints are on disk at most: the next is whole before the oldest is deleted."""
-    count, keep = count_checkpoints(plan), plan.parameters.keep_checkpoints
-    return count if keep is None else min(count, keep + 1 + plan.parameters.keep_best)
+    """How many checkpoints are on disk at most: the next is whole before the oldest is deleted, and one that a mirror
+    copies stays until then.
+    """
+    count, settings = count_checkpoints(plan), plan.parameters
+    if settings.keep_checkpoints is None:
+        return count
+    return min(count, settings.keep_checkpoints + 1 + settings.keep_best + bool(settings.mirror))
 
 
 def most_states(plan: RunPlan, keep: int) -> int:
-    """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed."""
-    total = plan.data.steps.total_steps
-    return min(keep + 1, -(-total // state_interval(plan))) if total else keep + 1
+    """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed, and one
+    that a mirror copies stays until then.
+    """
+    total, most = plan.data.steps.total_steps, keep + 1 + bool(plan.parameters.mirror)
+    return min(most, -(-total // state_interval(plan))) if total else most
 
 
 def save_interval(plan: RunPlan) -> int:

@@ -24,6 +24,7 @@ from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_pro
 from diffsynth_core.planning.held_out import read_held_out, share_to_hold_out, validation_problems
 from diffsynth_core.planning.jobs import GenerationJob
 from diffsynth_core.planning.lora_files import find_fused_lora
+from diffsynth_core.planning.mirror import mirror_problems
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.optimizer_choice import (
     OptimizerChoice,
@@ -40,6 +41,7 @@ from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_train
 from diffsynth_core.planning.trackers import tracker_problems
 from diffsynth_core.planning.two_stage import check_precompute_output, find_encoded, known_origin
 from diffsynth_core.planning.updates import dtype_problems, update_problems
+from diffsynth_core.planning.uploads import upload_problems
 from diffsynth_core.progress import Reporter
 
 
@@ -183,6 +185,7 @@ def make_plan(
             _check_step(resolved, parameters, found, optimizer, machine)
         report(*(shape_faults(found) if found else []))
         report(*validation_problems(parameters), *preview_option_problems(parameters))
+        _check_other_places(parameters)
         samples, held_out = _hold_out(parameters, found, samples, reporter)
         steps = _step_plan(parameters, samples, world_size, held_out) if samples else None
         previews = plan_previews(parameters, found, training, samples)
@@ -365,6 +368,12 @@ def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, machine: 
 def _check_trackers(parameters: Parameters) -> None:
     """Report trackers that do not exist, or whose packages are not installed."""
     for problem in tracker_problems(parameters):
+        (report if problem.wrong_use else report_missing)(problem)
+
+
+def _check_other_places(parameters: Parameters) -> None:
+    """Report why the run cannot be copied to where its parameters say."""
+    for problem in (*mirror_problems(parameters), *upload_problems(parameters)):
         (report if problem.wrong_use else report_missing)(problem)
 
 

@@ -9,7 +9,7 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.synthetic_images import draw_images
 from diffsynth_core.data.synthetic_videos import draw_clips
-from diffsynth_core.errors import Problem, collect_problems, report
+from diffsynth_core.errors import Problem, collect_problems, list_names, report
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.models.registry import (
     unknown_family,
@@ -55,6 +55,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
             report(Problem(what, "remove it for the rehearsal", wrong_use=True))
         if given:  # without a file, planning says that the others lack it
             changes |= {setting.name: None for setting in about_files}
+    changes |= _without_other_places(parameters, reporter)
     if parameters.max_steps is None:
         changes["max_steps"] = SETTINGS["max_steps"].rehearsal_limit
     changes |= _fewer_blocks(parameters, reporter) | _fewer_sampling_steps(resolved, reporter)
@@ -92,6 +93,15 @@ def _draw(folder: Path, variant: Variant) -> Path:
     }
     name = "-".join(["images", *(f"{column}-{most}" for column, most in shown.items())])
     return draw_images(folder / name, shown)
+
+
+def _without_other_places(parameters: Parameters, reporter: Reporter) -> dict[str, object]:
+    """Return the defaults of parameters that a rehearsal does not use, and report those that are set."""
+    unused = {setting.name: setting.default for setting in SETTINGS.values() if setting.rehearsal == "unused"}
+    given = [name for name, default in unused.items() if getattr(parameters, name) != default]
+    if given:
+        reporter.info(f"The rehearsal does not use {list_names(given)}: what it writes stays in its folder")
+    return unused
 
 
 def _fewer_blocks(parameters: Parameters, reporter: Reporter) -> dict[str, object]:

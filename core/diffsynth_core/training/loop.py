@@ -74,6 +74,7 @@ from diffsynth_core.training.page_observer import PageObserver
 from diffsynth_core.training.previews import Previews, encode_previews
 from diffsynth_core.training.profile import ProfileObserver
 from diffsynth_core.training.schedules import learning_rate
+from diffsynth_core.training.sharing import sharing_observers
 from diffsynth_core.training.trackers import tracker_observers
 from diffsynth_core.training.trial import try_largest
 from diffsynth_core.training.validation import Validation
@@ -307,15 +308,23 @@ class Run:
             if self.plan.parameters.profile:
                 count, device = self.plan.parameters.profile, self.accelerator.device
                 self.observers.append(ProfileObserver(self.folder, count, device, self.reporter.info))
-            self.observers.append(PageObserver(self.folder, self.reporter.warn))  # last: it shows what others wrote
+            # The page shows what those before have written, and what brings the run elsewhere takes the page along.
+            self.observers.append(PageObserver(self.folder, self.reporter.warn))
+            self.observers += sharing_observers(self.plan, self.record, self.reporter, self.pace, stop)
             self.reporter.info(f"`{self.folder / PAGE}` shows how the run is going, in a browser")
+        together = True
         try:
             self._loop(stop, stop_after)
             self._check_folder()
-        except (Interrupted, OutOfTime, KeyboardInterrupt):
+        except (Interrupted, OutOfTime):
+            self._finish("interrupted")
+            raise
+        except KeyboardInterrupt:
+            together = False
             self._finish("interrupted")
             raise
         except BaseException as error:
+            together = False
             if not isinstance(error, Diverged):
                 self._rescue()
             with suppress(DiffSynthError):  # a full disk must not hide what came first
@@ -326,6 +335,8 @@ class Run:
         finally:
             for observer in self.observers:
                 observer.on_end()
+            if together:
+                self.engine.wait()  # else the others end first, and this process soon after them
         return RunResult(self.folder, self.record)
 
     def _loop(self, stop: StopRequest, stop_after: int | None) -> None:
@@ -557,6 +568,8 @@ class Run:
         self._measure_memory()
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
+            for observer in self.observers:
+                observer.on_state(self.folder / STATE_FOLDER / f"step-{self.done}", self.done)
         if together:
             self.engine.wait()
 

@@ -65,8 +65,11 @@ class Observer:
     def on_save(self, path: Path, step: int) -> None:
         """Called after a checkpoint was written; in the main process only."""
 
+    def on_state(self, path: Path, step: int) -> None:
+        """Called after a state was saved; in the main process only."""
+
     def on_end(self) -> None:
-        """Called when the loop ends, however it ends."""
+        """Called when the run ends, however it ends, and its record says how."""
 
 
 def metrics_of(report: StepReport) -> dict[str, float | int]:

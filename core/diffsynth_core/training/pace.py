@@ -15,10 +15,11 @@ class Pace:
             before the first.
         validation_seconds: of the slowest validation so far; 0 before the first.
         drawing_seconds: of the slowest drawing of previews so far; 0 before the first.
+        update_seconds: of the slowest update of a mirror or hub so far, for one of which the end of the run waits.
     """
 
     def __init__(self, assumed: SaveSeconds) -> None:
-        self.slowest_step = self.validation_seconds = self.drawing_seconds = 0.0
+        self.slowest_step = self.validation_seconds = self.drawing_seconds = self.update_seconds = 0.0
         self._assumed, self._checkpoint, self._state = assumed, 0.0, 0.0
         self._started = self._begun = time.monotonic()
 
@@ -90,4 +91,4 @@ class Pace:
         """
         slowest = max(self.slowest_step, time.monotonic() - self._begun)
         besides = validations * self.validation_seconds + drawings * self.drawing_seconds
-        return seconds_left >= 2 * slowest + saves * self.save_seconds + besides
+        return seconds_left >= 2 * slowest + saves * self.save_seconds + besides + self.update_seconds

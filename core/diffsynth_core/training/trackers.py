@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from PIL import Image
 
-from diffsynth_core.checkpoints.run_folder import RunRecord, read_preview_list
+from diffsynth_core.checkpoints.run_folder import CSV_FILE, TENSORBOARD, RunRecord, read_preview_list
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.files import LineFile, write_text
@@ -28,8 +28,6 @@ from diffsynth_core.training.observers import (
 
 DEFAULT_PROJECT = "DiffSynth-Studio"
 """Project of runs for which none is named, as in DiffSynth-Studio."""
-CSV_FILE = "loss.csv"
-"""File of the csv tracker, with the name and the columns that it has in DiffSynth-Studio."""
 CSV_COLUMNS = ("step", "key", "value")
 
 
@@ -129,7 +127,7 @@ def _tensorboard(run: TrackedRun) -> Tracker:
 
     # Its readers drop what earlier files hold of `purge_step` and later steps.
     purged = {"purge_step": run.first_step + 1} if run.first_step else {}
-    tracker: Tracker = TensorBoardTracker("tensorboard_log", run.folder, **purged)
+    tracker: Tracker = TensorBoardTracker(TENSORBOARD, run.folder, **purged)
     return tracker
 
 
