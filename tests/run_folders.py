@@ -12,11 +12,12 @@ from PIL import Image
 
 from diffsynth_core.checkpoints.run_folder import (
     METRICS,
-    PREVIEW_LIST,
-    PREVIEWS,
     VALIDATIONS,
     CheckpointEntry,
+    PreviewImage,
+    PreviewList,
     RunRecord,
+    preview_folder,
 )
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.config.resolve import resolve
@@ -112,7 +113,7 @@ def write_previews(
     folder: Path, step: int, noise: float, prompts: Sequence[str] = PROMPTS, size: tuple[int, int] = (512, 384)
 ) -> None:
     """Write the previews of a step: photographs that appear from a share of noise."""
-    out = folder / PREVIEWS / f"step-{step}"
+    out = preview_folder(folder, step)
     out.mkdir(parents=True)
     images = []
     for number, prompt in enumerate(prompts):
@@ -121,7 +122,5 @@ def write_previews(
         drawn = np.random.default_rng((step, number)).integers(0, 256, pixels.shape)
         file = f"{number + 1:04d}.png"
         Image.fromarray((pixels * (1 - noise) + drawn * noise).astype(np.uint8)).save(out / file, compress_level=1)
-        images.append(
-            {"file": file, "prompt": prompt, "seed": number, "height": size[1], "width": size[0], "num_frames": 1}
-        )
-    (out / PREVIEW_LIST).write_text(json.dumps({"step": step, "images": images}))
+        images.append(PreviewImage(file, prompt, number, size[1], size[0], 1))
+    PreviewList(step, tuple(images)).save(out)

@@ -30,12 +30,14 @@ def _verdict(folder: Path) -> str:
 
 
 def test_the_page_is_that_of_the_end_and_the_weights_are_the_same_without_it(train, monkeypatch):
-    assert train("with").code == 0
+    previews = ("--preview_prompts", "a cat", "--preview_steps", "2")
+    assert train("with", *previews).code == 0
     assert _verdict(Path("with")) == "Completed: 6 of 6 (100%)"
     page = (Path("with") / PAGE).read_text()
-    assert "step-6.safetensors" in page and 'data-chart="bands"' in page and "6 steps." in page
+    assert "step-6.safetensors" in page and 'data-chart="bands"' in page and "6 steps; all 3 previews" in page
+    assert page.count("<li data-prompt") == 1 and 'href="samples/step-6/0001.png"' in page
     monkeypatch.setattr(loop, "PageObserver", lambda *_: Observer())
-    assert train("without").code == 0
+    assert train("without", *previews).code == 0
     assert not (Path("without") / PAGE).exists()
     one, other = (load_file(Path(name) / "step-6.safetensors") for name in ("with", "without"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

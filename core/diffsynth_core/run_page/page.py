@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from diffsynth_core.checkpoints.run_folder import PREVIEWS
+from diffsynth_core.checkpoints.run_folder import PREVIEWS, PreviewImage, preview_folder
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import GROUPS, SETTINGS
 from diffsynth_core.errors import DiffSynthError, truncate
@@ -30,7 +30,7 @@ from diffsynth_core.progress import format_bytes, format_duration
 from diffsynth_core.run_page.charts import Chart, Curve, chart_data, chart_html
 from diffsynth_core.run_page.commands import as_default, next_commands
 from diffsynth_core.run_page.facts import RunFacts, ValidationLoss
-from diffsynth_core.run_page.previews import FOLDER_PREFIX, PreviewImage, PromptImages
+from diffsynth_core.run_page.previews import PromptImages
 from diffsynth_core.run_page.series import Point, downsample
 from diffsynth_core.run_page.text import (
     format_number,
@@ -247,7 +247,7 @@ def _preview_data(prompt: PromptImages, made: Mapping[tuple[int, str], str]) -> 
 
 def _address(step: int, image: PreviewImage) -> str:
     """Return where the whole image is, relative to the page."""
-    return f"{PREVIEWS}/{FOLDER_PREFIX}{step}/{quote(image.file, errors='surrogateescape')}"
+    return f"{preview_folder(Path(), step).as_posix()}/{quote(image.file, errors='surrogateescape')}"
 
 
 def _previews(facts: RunFacts, prompts: Sequence[PromptImages], made: Mapping[tuple[int, str], str]) -> str:

@@ -2,30 +2,12 @@
 
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 
-from diffsynth_core.checkpoints.run_folder import PREVIEW_LIST, PREVIEWS
-from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.json_files import WrongType, as_type, read_json
+from diffsynth_core.checkpoints.run_folder import PREVIEW_LIST, PREVIEWS, PreviewImage, read_preview_list
 
 FOLDER_PREFIX = "step-"
-
-
-@dataclass(frozen=True)
-class PreviewImage:
-    """An image, or a clip, that was drawn from a prompt.
-
-    `file`: its name in the folder of its step.
-    """
-
-    file: str
-    prompt: str
-    seed: int
-    height: int
-    width: int
-    num_frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,21 +52,10 @@ class PreviewReader:
 
 
 def _read_preview(folder: Path) -> Preview | None:
-    try:
-        content = read_json(folder / PREVIEW_LIST, dict[str, Any], "")
-        images = tuple(_image(value) for value in as_type(content.get("images"), list[Any]))
-        return Preview(as_type(content.get("step"), int, "step"), folder, images)
-    except (DiffSynthError, WrongType):
-        return None
-
-
-def _image(value: Any) -> PreviewImage:
-    known = {field.name for field in fields(PreviewImage)}
-    given = as_type(value, dict[str, Any])
-    image = as_type({name: part for name, part in given.items() if name in known}, PreviewImage)
-    if image.file in ("", ".", "..") or PurePosixPath(image.file).name != image.file:
-        raise WrongType("`file` is not the name of a file")
-    return image
+    """Return the images that are in the folder itself; None if there are none."""
+    listed = read_preview_list(folder)
+    images = tuple(image for image in listed.images if PurePath(image.file).name == image.file) if listed else ()
+    return Preview(listed.step, folder, images) if listed and images else None
 
 
 def by_prompt(previews: tuple[Preview, ...]) -> list[PromptImages]:

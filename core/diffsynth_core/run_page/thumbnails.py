@@ -7,9 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffsynth_core.checkpoints.run_folder import PreviewImage
 from diffsynth_core.data.images import open_image, to_rgb
 from diffsynth_core.data.media import is_clip
-from diffsynth_core.run_page.previews import Preview, PreviewImage, PromptImages, by_prompt
+from diffsynth_core.run_page.previews import Preview, PromptImages, by_prompt
 
 SIDE = 320
 """Maximum length of a side of a thumbnail in pixels."""

@@ -38,6 +38,9 @@ class PageObserver(Observer):
     def on_save(self, path: Path, step: int) -> None:
         self._on_event()
 
+    def on_preview(self, folder: Path, step: int) -> None:
+        self._on_event()
+
     def on_end(self) -> None:
         self._write()
 

@@ -7,7 +7,15 @@ import time
 
 import pytest
 
-from diffsynth_core.checkpoints.run_folder import LOCK, METRICS, RECORD, VALIDATIONS, claim_folder
+from diffsynth_core.checkpoints.run_folder import (
+    LOCK,
+    METRICS,
+    RECORD,
+    VALIDATIONS,
+    PreviewImage,
+    PreviewList,
+    claim_folder,
+)
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.run_page.facts import QUIET_SECONDS, RunReader, read_run
 from diffsynth_core.run_page.previews import by_prompt
@@ -124,7 +132,7 @@ def test_previews_are_read_once_their_list_is_there(tmp_path):
         write_previews(folder, step, 0.5, size=(32, 24))
     (folder / "samples/step-3/images.json").unlink()
     (folder / "samples/step-9").mkdir()
-    (folder / "samples/step-9/images.json").write_text('{"step": 9, "images": [{"file": "../../x.png"}]}')
+    PreviewList(9, (PreviewImage("../../x.png", "", 0, 1, 1, 1),)).save(folder / "samples/step-9")
     previews = read_run(folder).previews
     assert [preview.step for preview in previews] == [20, 100]
     assert [(one.prompt, list(one.images)) for one in by_prompt(previews)] == [

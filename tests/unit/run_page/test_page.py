@@ -15,12 +15,12 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from diffsynth_core.checkpoints.run_folder import METRICS, PREVIEW_LIST, PREVIEWS, RECORD
+from diffsynth_core.checkpoints.run_folder import METRICS, PREVIEW_LIST, PREVIEWS, RECORD, PreviewImage
 from diffsynth_core.run_page import thumbnails as thumbnails_module
 from diffsynth_core.run_page.charts import nice_ticks
 from diffsynth_core.run_page.facts import read_run
 from diffsynth_core.run_page.page import check_is_ours, page_html, write_page
-from diffsynth_core.run_page.previews import PreviewImage, PromptImages
+from diffsynth_core.run_page.previews import PromptImages
 from diffsynth_core.run_page.thumbnails import MAX_BYTES, MAX_THUMBNAILS, Thumbnails, shown_images, thumbnail
 from tests.browser import LOW_CONTRAST, REQUIRED, browser, console, missing, open_page, use_color_scheme
 from tests.clips import numbered, write_clip
@@ -149,13 +149,13 @@ def test_the_first_frame_of_a_clip_is_shown(tmp_path):
 def test_a_thumbnail_of_noise_is_bounded(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "0001.png", compress_level=0)
-    data = thumbnail(tmp_path / "0001.png", PreviewImage("0001.png", "noise", 0, 1024, 1024))
+    data = thumbnail(tmp_path / "0001.png", PreviewImage("0001.png", "noise", 0, 1024, 1024, 1))
     assert 0 < len(data) <= MAX_BYTES * 4 / 3 + 40
 
 
 @pytest.mark.parametrize(("prompts", "steps"), [(1, 5000), (4, 1000), (100, 50), (300, 3)])
 def test_images_are_thinned_out_from_the_middle(prompts, steps):
-    image = PreviewImage("0001.png", "", 0, 1, 1)
+    image = PreviewImage("0001.png", "", 0, 1, 1, 1)
     shown = shown_images(
         [PromptImages(str(number), 0, dict.fromkeys(range(steps), image)) for number in range(prompts)]
     )

@@ -51,8 +51,11 @@ def test_what_happens_seldom_is_shown_at_once_if_time_allows(tmp_path, monkeypat
     clock.now += 0.6
     observer.on_validation(VALIDATION)
     assert len(clock.written) == 2
+    clock.now += 1.1
+    observer.on_preview(Path("a"), 5)
+    assert len(clock.written) == 3
     observer.on_end()
-    assert len(clock.written) == 3, "the end is always shown"
+    assert len(clock.written) == 4, "the end is always shown"
 
 
 def test_the_page_shows_the_files_of_the_run(tmp_path):
