@@ -104,6 +104,7 @@ def _training_parts(plan: RunPlan, config: MemoryConfig, training: TrainingMemor
         if training.update_is_fullest
         else 0,
         "the update of the largest tensor": training.update if training.updated_in_passes else 0,
+        "a copy of trained weights while their averages are evaluated": training.set_aside,
     }
     suffix = f", with the {optimizer} step instead of activations" if training.update_is_fullest else ""
     return {
@@ -121,7 +122,7 @@ def _training_parts(plan: RunPlan, config: MemoryConfig, training: TrainingMemor
             if training.buckets
             else {}
         ),
-        f"optimizer state ({optimizer})": training.optimizer,
+        f"optimizer state ({optimizer}{', and averages of weights' if config.optimizer.ema_decay else ''})": training.optimizer,
         **{name: size for name, size in optional.items() if size},
         f"training in total{suffix}": training.total,
     }

@@ -178,6 +178,8 @@ def _step_lines(plan: RunPlan) -> Iterator[str]:
         yield "  unused parameters are excluded, so `find_unused_parameters` has no effect"
     if parameters.compile:
         yield f"  {compiled_in_words(plan)}"
+    if parameters.ema_decay:
+        yield f"  an average of the weights (decay {parameters.ema_decay:g}) is kept, and saved beside each checkpoint"
     if plan.data.held_out:
         yield f"  validated on {validated_in_words(plan)}"
     if plan.previews:
@@ -191,11 +193,12 @@ def validated_in_words(plan: RunPlan) -> str:
     parameters, total = plan.parameters, plan.data.steps.total_steps
     held, bands = len(plan.data.held_out), count_bands(plan.parameters)
     every = f", every {pluralize(parameters.validate_every, 'step')}" if parameters.validate_every else ""
+    averaged = ", with averaged weights" if parameters.evaluate_ema else ""
     times = 1 + count_validations(plan, 0, total)
     passes = pluralize(times * held * bands, "forward pass", "forward passes")
     per_epoch, epochs = plan.data.steps.batches.samples_per_epoch, total / plan.data.steps.steps_per_epoch
     return (
-        f"{pluralize(held, 'held-out sample')} at {pluralize(bands, 'timestep')} each, before the first step{every} and with "
+        f"{pluralize(held, 'held-out sample')} at {pluralize(bands, 'timestep')} each{averaged}, before the first step{every} and with "
         f"each checkpoint: {passes}, beside about {round(epochs * per_epoch)} forward and backward in training"
     )
 

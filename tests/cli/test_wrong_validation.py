@@ -21,6 +21,18 @@ from tests.naming import names
             names("--keep_best"),
         ),
         (("--validation_split", "nan"), 2, names("validation_split", "nan"), names("0.05")),
+        (
+            ("--evaluate_ema", "--ema_decay", 0.9),
+            2,
+            names("evaluate_ema", "validation_split"),
+            names("--validation_split"),
+        ),
+        (
+            ("--evaluate_ema", "--validation_split", "0.25"),
+            2,
+            names("evaluate_ema", "ema_decay"),
+            names("--ema_decay"),
+        ),
     ],
 )
 def test_wrong_use_is_refused(refuse, flags, code, problem, hint):

@@ -64,6 +64,7 @@ CHANGES = {
     "activations on the host": ("lora", ("--use_gradient_checkpointing_offload",)),
     "nested checkpoints": ("lora", ("--checkpointing", "nested")),
     "every second block kept": ("lora", ("--checkpointing", "keep_every_2")),
+    "averages": ("full", ("--ema_decay", "0.5")),
     "no checkpointing": ("full", ("--no-use_gradient_checkpointing",)),
 }
 """What engines that shard have to get along with; name -> task of Qwen-Image, and further flags."""

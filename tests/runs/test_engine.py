@@ -95,6 +95,12 @@ class Counting(Engine):
     def whole(self, tensor):
         return self._inner.whole(tensor)
 
+    def average(self, tensor):
+        return self._inner.average(tensor)
+
+    def averaged(self):
+        return self._called("averaged")
+
     def state(self):
         return self._called("state")
 

@@ -41,6 +41,17 @@ RECORDED_PACKAGES = ("diffsynth-cli", "torch", "accelerate", "diffusers", "trans
 """Packages whose versions are recorded."""
 CHECKPOINT_NAMES = ("epoch-*.safetensors", "step-*.safetensors")
 """Patterns of checkpoint files."""
+AVERAGE_SUFFIX = ".ema"
+"""What follows the name of a checkpoint in that of the file of its averages (`step-5.ema.safetensors`)."""
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """One file of a checkpoint."""
+
+    file: str
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,14 @@ class CheckpointEntry:
     bytes: int
     validation_loss: float | None = None
     """On the held-out samples, if the run has some and the loss is finite."""
+    average: SavedFile | None = None
+    """The moving averages of the weights (`ema_decay`)."""
+
+    @property
+    def files(self) -> tuple[SavedFile, ...]:
+        """The weights, and their averages, if there are some."""
+        weights = SavedFile(self.file, self.sha256, self.bytes)
+        return (weights, self.average) if self.average else (weights,)
 
 
 @dataclass(frozen=True)

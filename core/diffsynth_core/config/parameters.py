@@ -830,6 +830,16 @@ class Parameters(BaseModel):
         changes="numbers",
         documented=False,
     )
+    ema_decay: Number | None = _setting(
+        None,
+        "training",
+        "float",
+        "Keep an exponential moving average of the trained weights with this decay, such as 0.999, and save it beside each checkpoint, as `….ema.safetensors`; step n, counted from 0, uses at most (1 + n) / (10 + n), so that the average forgets the first weights; it takes 4 bytes per trained number in the optimizer's state and changes no weight; default: no average",
+        changes="numbers",
+        documented=False,
+        gt=0,
+        lt=1,
+    )
     weight_decay: Number = _setting(
         0.01, "training", "float", "Weight decay", changes="numbers", compared="course", ge=0, le=MAX_RATE
     )
@@ -1088,6 +1098,14 @@ class Parameters(BaseModel):
         unit="optimizer steps",
         documented=False,
         ge=1,
+    )
+    evaluate_ema: bool = _setting(
+        False,
+        "output",
+        "bool",
+        "Validate, and draw previews, with the average of `ema_decay` instead of the weights",
+        changes="files",
+        documented=False,
     )
     preview_prompts: PreviewPrompts | None = _setting(
         None,

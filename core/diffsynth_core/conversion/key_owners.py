@@ -81,7 +81,7 @@ def record_of(weights: WeightSet) -> RunRecord | None:
         record = read_record(folder)
     except DiffSynthError as error:
         raise DiffSynthError(str(error), "move it away, and pass `--unprefixed` if it is asked for") from error
-    written = {entry.file for entry in record.checkpoints} if record else set()
+    written = {saved.file for entry in record.checkpoints for saved in entry.files} if record else set()
     return record if written & {path.name for path in weights.files} else None
 
 

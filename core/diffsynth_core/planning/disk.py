@@ -97,14 +97,15 @@ def state_interval(plan: RunPlan) -> int:
 
 
 def checkpoint_bytes(plan: RunPlan) -> int:
-    """Of one checkpoint: LoRA in float32, full weights as in the base file, both otherwise with `save_dtype`."""
+    """Of one checkpoint: LoRA in float32, full weights as in the base file, both otherwise with `save_dtype`; twice
+    that if the run saves averages of the weights too."""
     save = plan.parameters.save_dtype
     total = lora_numbers(plan, plan.parameters.lora_rank) * BYTES[save or "float32"]
     for name in plan.training.components & plan.model.shapes.keys():
         written = plan.training.weights(name, plan.model.components[name].layout, plan.model.shapes[name])
         numbers = sum(math.prod(plan.model.shapes[name][weight]) for weight in written)
         total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name))) if numbers else 0
-    return total
+    return 2 * total if plan.training.optimizer.ema_decay else total
 
 
 def stored_bytes(plan: RunPlan, component: str) -> float:

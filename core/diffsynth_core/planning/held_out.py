@@ -31,10 +31,16 @@ def validation_problems(parameters: Parameters) -> Iterator[Problem]:
         why = "knows no best checkpoint" if split is None else "keeps nothing that would be deleted"
         hint = f"pass `--{missing}`, or remove `--keep_best`"
         yield Problem(f"`keep_best` {why} without `{missing}`", hint, wrong_use=True)
+    if parameters.evaluate_ema and parameters.ema_decay is None:
+        hint = "pass `--ema_decay 0.999`, or remove `--evaluate_ema`"
+        yield Problem("`evaluate_ema` has no average without `ema_decay`", hint, wrong_use=True)
     if split is None:
         if parameters.validate_every is not None:
             hint = f"pass {EXAMPLE}, or remove `--validate_every`"
             yield Problem("`validate_every` measures nothing without `validation_split`", hint, wrong_use=True)
+        if parameters.evaluate_ema and parameters.preview_prompts is None:
+            what = "`evaluate_ema` has nothing to do without `validation_split` or `preview_prompts`"
+            yield Problem(what, f"pass {EXAMPLE}, or remove `--evaluate_ema`", wrong_use=True)
         return
     share = split_share(split)
     if share is None and not (task.encodes and task.trains):

@@ -7,7 +7,7 @@ counted is what operations need while they work, nor the driver.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from diffsynth_core.config.choices import COMPUTE_DTYPES, SWAP_BUFFERS
 from diffsynth_core.models.bases import part_of
@@ -72,6 +72,8 @@ class TrainingMemory:
     PyTorch).
     `gathered`: weights that are whole for the time of their use, where processes divide them.
     `offloaded`: weights, gradients and optimizer state that the engine keeps in host memory.
+    `set_aside`: a copy of the trained weights while their averages are evaluated, with a fused backward pass; without,
+    it takes no more than the gradients, which are gone then.
     """
 
     weights: Mapping[str, int]
@@ -88,6 +90,7 @@ class TrainingMemory:
     buckets: int = 0
     gathered: int = 0
     offloaded: int = 0
+    set_aside: int = 0
 
     @property
     def update_is_fullest(self) -> bool:
@@ -105,7 +108,9 @@ class TrainingMemory:
         """Peak bytes: what lasts, and the larger of the passes and the update of a step."""
         lasting = self.between_steps + self.gradients
         passes = self.activations + self.autocast_weights
-        return lasting + (passes + self.update if self.updated_in_passes else max(passes, self.update))
+        if self.updated_in_passes:
+            return lasting + passes + max(self.update, self.set_aside)
+        return lasting + max(passes, self.update)
 
 
 @dataclass(frozen=True)
@@ -313,10 +318,27 @@ def _whole_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         on_host=on_host,
         update=update_bytes(plan, config),
         updated_in_passes=config.fused_backward,
+        set_aside=set_aside(plan, config).device if config.fused_backward else 0,
         swap_buffers=max(units, default=0) * min(SWAP_BUFFERS, len(units)),
         swapped=sum(units),
         buckets=sum(gradients) if plan.machine.world_size > 1 else 0,
     )
+
+
+class Copies(NamedTuple):
+    """Bytes of copies of weights, each where its weight is."""
+
+    device: int
+    host: int
+
+
+def set_aside(plan: RunPlan, config: MemoryConfig) -> Copies:
+    """Copies of the trained weights that are kept while their averages are validated and draw previews."""
+    if not plan.parameters.evaluate_ema:
+        return Copies(0, 0)
+    trained = sum(trained_tensor_bytes(plan, config.rank, config.trained_dtype))
+    waiting = sum(swapped_bytes(plan, config)) if waiting_blocks(plan, config) else 0
+    return Copies(trained - waiting, waiting)
 
 
 def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
@@ -408,6 +430,8 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
     if memory.training and memory.training.swapped:
         parts[f"swapped blocks of {plan.model.facts.denoiser}, in each process"] = memory.training.swapped
         parts["the largest of them while it is loaded"] = max(swapped_bytes(plan, config))
+    if memory.training and (aside := set_aside(plan, config).host):
+        parts["a copy of trained weights while their averages are evaluated"] = aside
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
     if memory.training and memory.training.offloaded:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +13,7 @@ from diffsynth_core.config.origins import Origin
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, report, report_missing, suggest, truncate
 from diffsynth_core.planning.optimizer_options import Option, Options, read_any
-from diffsynth_core.planning.optimizers import DECAY, OPTIMIZERS, OptimizerSpec, on_accelerators, per_number
+from diffsynth_core.planning.optimizers import DECAY, FLOAT32, OPTIMIZERS, OptimizerSpec, on_accelerators, per_number
 from diffsynth_core.planning.packages import missing_package
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ class OptimizerChoice:
 
     Attributes:
         name: in the table of optimizers (planning/optimizers.py), or the dotted path of a class.
+        ema_decay: that of the average of the weights which is kept beside its state; None: no average.
     """
 
     name: str = "adamw"
     options: Options = field(default_factory=dict)
+    ema_decay: float | None = None
 
     @property
     def spec(self) -> OptimizerSpec:
@@ -63,9 +66,9 @@ class OptimizerChoice:
         return self.spec.build(rate, self.options, trained)
 
     def state_bytes(self, shapes: Iterable[tuple[int, ...]]) -> int:
-        """Return the bytes of its state for trained tensors."""
-        spec = self.spec
-        return sum(spec.state_bytes(shape, self.options) for shape in shapes)
+        """Return the bytes of its state for trained tensors, and of their averages."""
+        spec, average = self.spec, FLOAT32 if self.ema_decay else 0
+        return sum(spec.state_bytes(shape, self.options) + average * math.prod(shape) for shape in shapes)
 
     def update_bytes(self, shapes: Iterable[tuple[int, ...]], device: str) -> int:
         """Return the bytes that its step works with."""
@@ -88,7 +91,7 @@ def choose_optimizer(parameters: Parameters, origin: Origin, invalid: frozenset[
             report_missing(*missing_package(f"`optimizer` `{name}`", spec.package))
         report(*_argument_problems(name, given, spec.options))
         report(*_parameter_problems(name, parameters, given, spec))
-        return OptimizerChoice(name, _options(parameters, given, spec))
+        return OptimizerChoice(name, _options(parameters, given, spec), parameters.ema_decay)
     found = _find_class(name, origin)
     if found is None:
         return OptimizerChoice()
@@ -97,7 +100,7 @@ def choose_optimizer(parameters: Parameters, origin: Origin, invalid: frozenset[
     report(*problems, *_parameter_problems(name, parameters, given, spec))
     options = _options(parameters, given, spec)
     report(*([] if problems else _trial_problems(name, found, parameters.learning_rate, options)))
-    return OptimizerChoice(name, options)
+    return OptimizerChoice(name, options, parameters.ema_decay)
 
 
 def with_kernel(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.lora import lora_weights, name_lora
 from diffsynth_core.adapters.tensors import Whole, as_is
 from diffsynth_core.checkpoints.keys import strip_controlnet_index
-from diffsynth_core.checkpoints.run_folder import CheckpointEntry
+from diffsynth_core.checkpoints.run_folder import AVERAGE_SUFFIX, CheckpointEntry, SavedFile
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.planning.plan import RunPlan
@@ -115,9 +115,20 @@ def conversion_hint(plan: RunPlan, path: Path) -> str | None:
 
 
 def write_checkpoint(
-    plan: RunPlan, content: CheckpointContent, folder: Path, name: str, step: int, epoch: int
+    plan: RunPlan,
+    content: CheckpointContent,
+    folder: Path,
+    name: str,
+    step: int,
+    epoch: int,
+    average: CheckpointContent | None = None,
 ) -> CheckpointEntry:
-    """Write `<name>.safetensors` atomically."""
-    path = folder / f"{name}.safetensors"
+    """Write `<name>.safetensors` atomically, and the averages of the weights, if there are some, beside it."""
+    saved = _write(plan, content, folder / f"{name}.safetensors")
+    averages = _write(plan, average, folder / f"{name}{AVERAGE_SUFFIX}.safetensors") if average else None
+    return CheckpointEntry(saved.file, step, epoch, saved.sha256, saved.bytes, average=averages)
+
+
+def _write(plan: RunPlan, content: CheckpointContent, path: Path) -> SavedFile:
     digest = write_tensors(path, content.tensors, checkpoint_metadata(plan), content.dtypes)
-    return CheckpointEntry(path.name, step, epoch, digest, path.stat().st_size)
+    return SavedFile(path.name, digest, path.stat().st_size)

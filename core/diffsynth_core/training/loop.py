@@ -38,6 +38,7 @@ from diffsynth_core.checkpoints.state import save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.optimizers.averaging import AveragedOptimizer
 from diffsynth_core.optimizers.per_parameter import WHOLE, PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
 from diffsynth_core.planning.block_swap import trained_blocks
@@ -228,10 +229,13 @@ def _make_whole(
     plan: RunPlan, trained: Mapping[str, nn.Parameter], starts: Mapping[str, int] = WHOLE
 ) -> torch.optim.Optimizer:
     """Create an optimizer that updates all parameters in its step."""
-    build = partial(plan.training.optimizer.build, plan.parameters.learning_rate)
-    if all(weight.dtype == torch.float32 for weight in trained.values()):
-        return build(trained.values())
-    return RoundedOptimizer(build, trained, plan.parameters.seed, starts)
+    choice = plan.training.optimizer
+    build = partial(choice.build, plan.parameters.learning_rate)
+    in_float32 = all(weight.dtype == torch.float32 for weight in trained.values())
+    optimizer = (
+        build(trained.values()) if in_float32 else RoundedOptimizer(build, trained, plan.parameters.seed, starts)
+    )
+    return AveragedOptimizer(optimizer, choice.ema_decay) if choice.ema_decay else optimizer
 
 
 def _check_identities(plan: RunPlan) -> None:
@@ -521,13 +525,16 @@ class Run:
         if not (self.accelerator.is_main_process or self.engine.gathers):
             return
         content = checkpoint_content(self.plan, self.model, self.engine.whole)
+        averages = self.plan.training.optimizer.ema_decay is not None
+        average = checkpoint_content(self.plan, self.model, self.engine.average) if averages else None
         if not self.accelerator.is_main_process:
-            access_as_written(content.tensors, content.dtypes)
+            for each in filter(None, (content, average)):
+                access_as_written(each.tensors, each.dtypes)
         else:
             epoch = self.plan.data.steps.slice(self.done - 1).epoch
             name = f"step-{self.done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
             with self.pace.writing_checkpoint():
-                entry = write_checkpoint(self.plan, content, self.folder, name, self.done, epoch)
+                entry = write_checkpoint(self.plan, content, self.folder, name, self.done, epoch, average)
             measured = self.validated
             if measured and measured.step == self.done and math.isfinite(measured.loss):
                 entry = replace(entry, validation_loss=measured.loss)
@@ -536,11 +543,13 @@ class Run:
             keep = settings.keep_checkpoints
             old = self.record.forget_old_checkpoints(keep, settings.keep_best) if keep else []
             self.record.save(self.folder)
-            self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
-            for replaced in old:
+            for saved in entry.files:
+                self.reporter.info(f"Saved `{self.folder / saved.file}` ({format_bytes(saved.bytes)})")
+            for replaced in (saved for entry in old for saved in entry.files):
                 self._delete_checkpoint(self.folder / replaced.file)
             for observer in self.observers:
-                observer.on_save(self.folder / entry.file, self.done)
+                for saved in entry.files:
+                    observer.on_save(self.folder / saved.file, self.done)
 
     def _delete_checkpoint(self, path: Path) -> None:
         try:

@@ -63,7 +63,9 @@ class Observer:
         """Called after previews were drawn and `folder` lists them (`images.json`); in the main process only."""
 
     def on_save(self, path: Path, step: int) -> None:
-        """Called after a checkpoint was written; in the main process only."""
+        """Called after a file of a checkpoint was written: the weights, then their averages, if there are some; in the
+        main process only.
+        """
 
     def on_state(self, path: Path, step: int) -> None:
         """Called after a state was saved; in the main process only."""

@@ -1,4 +1,4 @@
-"""Previews: images of fixed prompts, drawn from fixed noise with the weights in training."""
+"""Previews: images of fixed prompts, drawn from fixed noise with the weights in training, or with their averages."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -67,6 +67,7 @@ class Previews:
         self._folder, self._encoded = plan.parameters.output_path, encoded
         self._plan = generation_plan(plan, accelerator)
         self._compiled, self._world_size = plan.parameters.compile, plan.machine.world_size
+        self._of_averages = plan.parameters.evaluate_ema
         self._family = load_family(plan.model.facts.name)
         self._denoiser = model.components[plan.model.facts.denoiser]
         self._engine, self._accelerator, self._reporter = engine, accelerator, reporter
@@ -83,7 +84,8 @@ class Previews:
             return None
         latents, folder, failure = None, None, ""
         try:
-            latents = self._sample(stop)
+            with self._engine.averaged() if self._of_averages else nullcontext():
+                latents = self._sample(stop)
             if latents is not None and self._accelerator.is_main_process:
                 folder = self._write(step, latents)
         except Exception as error:

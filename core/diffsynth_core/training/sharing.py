@@ -60,7 +60,7 @@ class UploadedRun(Destination):
     def by_hand(self) -> str:
         folder = self.plan.parameters.output_path
         record = read_record(folder)
-        newest = [folder / entry.file for entry in record.checkpoints[-1:]] if record else []
+        newest = [folder / saved.file for entry in record.checkpoints[-1:] for saved in entry.files] if record else []
         return " ".join(f"upload it with `{self.hub.upload_command(self.repository, path)}`" for path in newest)
 
     def update(self) -> None:
@@ -69,18 +69,18 @@ class UploadedRun(Destination):
         record = read_record(folder)
         if record is None or not record.checkpoints:
             return
-        new = [entry for entry in record.checkpoints if entry.sha256 not in self.uploaded]
-        new = [entry for entry in new if (folder / entry.file).exists()]  # else the run has just deleted it
+        new = [saved for entry in record.checkpoints for saved in entry.files if saved.sha256 not in self.uploaded]
+        new = [saved for saved in new if (folder / saved.file).exists()]  # else the run has just deleted it
         sheet = preview_sheet(folder)
         texts = {CARD: model_card(self.plan, record, folder, bool(sheet)).encode()}
         if sheet:
             texts[SHEET] = sheet
         changed = {name: content for name, content in texts.items() if self.texts.get(name) != content}
         if new or changed:
-            files = {entry.file: folder / entry.file for entry in new}
+            files = {saved.file: folder / saved.file for saved in new}
             message = f"Step {record.checkpoints[-1].step} of {record.total_steps}"
             self.hub.commit(self.repository, {**files, **changed}, message)
-        self.uploaded |= {entry.sha256 for entry in new}
+        self.uploaded |= {saved.sha256 for saved in new}
         self.texts = texts
 
 

@@ -1,6 +1,7 @@
 """The loss on held-out samples, at fixed noise and timesteps, so that it compares between steps and runs."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ class Validation:
         """`process`: the number of this process, whose `device` it is."""
         self._engine, self._process, self._device = engine, process, device
         self._world_size = plan.machine.world_size
+        self._of_averages = plan.parameters.evaluate_ema
         self._bands = count_bands(plan.parameters)
         self._batches = held_out_batches(plan)
         self._micro_batches = MicroBatches(plan, room=0)
@@ -31,8 +33,11 @@ class Validation:
         self._places = {sample: place for place, sample in enumerate(plan.data.held_out)}
 
     def measure(self, step: int) -> ValidationReport:
-        """Return the mean loss after `step` steps, the same in all processes."""
-        losses = self._losses().double()
+        """Return the mean loss after `step` steps, the same in all processes; that of the averaged weights with
+        `evaluate_ema`.
+        """
+        with self._engine.averaged() if self._of_averages else nullcontext():
+            losses = self._losses().double()
         return ValidationReport(step, float(losses.mean()), tuple(losses.mean(dim=1).tolist()))
 
     def _losses(self) -> torch.Tensor:

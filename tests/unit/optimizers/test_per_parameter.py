@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.checkpoints.saved_states import OPTIMIZER
+from diffsynth_core.optimizers.averaging import AveragedOptimizer
 from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
 from diffsynth_core.planning.optimizer_choice import OptimizerChoice
@@ -19,13 +20,15 @@ CHOICES = {
     **{name: OptimizerChoice(name, {"weight_decay": 0.01}) for name, spec in OPTIMIZERS.items() if spec.by_tensor},
     "adamw fused": OptimizerChoice("adamw", {"fused": True}),
     "adamw8bit without small tensors": OptimizerChoice("adamw8bit", {"min_8bit_size": 0}),
+    "adamw with averages": OptimizerChoice("adamw", ema_decay=0.3),
 }
 
 
 def make_whole(choice: OptimizerChoice, weights: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
     build = partial(choice.build, RATES.get(choice.name, 0.01))
     rounded = any(weight.dtype == torch.bfloat16 for weight in weights.values())
-    return RoundedOptimizer(build, weights, 0) if rounded else build(weights.values())
+    optimizer = RoundedOptimizer(build, weights, 0) if rounded else build(weights.values())
+    return AveragedOptimizer(optimizer, choice.ema_decay) if choice.ema_decay else optimizer
 
 
 def weights_in(dtype: torch.dtype) -> dict[str, nn.Parameter]:

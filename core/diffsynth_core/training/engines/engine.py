@@ -5,6 +5,7 @@ methods are collective: every process calls them in the same order.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
@@ -59,7 +60,8 @@ class Engine(ABC):
         """Begin a step at this learning rate, before its passes.
 
         Args:
-            number: of the step in the run, from which random numbers of the update are drawn.
+            number: of the step in the run, from which random numbers of the update are drawn, and on which the decay of
+                averages depends.
         """
 
     @abstractmethod
@@ -108,6 +110,19 @@ class Engine(ABC):
     @abstractmethod
     def whole(self, tensor: Tensor) -> Tensor:
         """Return a parameter or buffer of the module as checkpoints hold it: whole, detached, on any device."""
+
+    @abstractmethod
+    def average(self, tensor: Tensor) -> Tensor:
+        """Return the moving average of a trained parameter as `whole` does the parameter, in float32.
+
+        Other tensors, and parameters before their first update, are their own average.
+        """
+
+    @abstractmethod
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context, outside of steps, in which the trained weights of the module are their moving averages;
+        after it they are what they were, to the bit.
+        """
 
     @abstractmethod
     def state(self) -> StateTensors:

@@ -1,5 +1,6 @@
 """Fully sharded data parallelism: `fully_shard` of torch, called FSDP2."""
 
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from diffsynth_core.checkpoints.state import StateTensors, restore_optimizer, st
 from diffsynth_core.host_memory import return_freed_memory
 from diffsynth_core.models.checkpointing import blocks_of
 from diffsynth_core.models.spec import FamilyFacts
+from diffsynth_core.optimizers.averaging import average_of, averages_in_place
 from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
@@ -77,6 +79,7 @@ class ShardedEngine(DividingEngine):
         self._trained = model.trained()
         # They share memory with the parameters, which FSDP never replaces.
         self._own = {name: nn.Parameter(_rows_of(sharded)) for name, sharded in self._trained.items()}
+        self._own_of: dict[Tensor, nn.Parameter] = {self._trained[name]: own for name, own in self._own.items()}
         starts = {
             name: self._rows(len(sharded)).start * (sharded.numel() // len(sharded))
             for name, sharded in self._trained.items()
@@ -172,6 +175,13 @@ class ShardedEngine(DividingEngine):
 
     def whole(self, tensor: Tensor) -> Tensor:
         return self._gather(_rows_of(tensor), tensor.shape) if isinstance(tensor, DTensor) else tensor.detach()
+
+    def average(self, tensor: Tensor) -> Tensor:
+        own = self._own_of.get(tensor)
+        return self.whole(tensor) if own is None else self._gather(average_of(self._optimizer, own), tensor.shape)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return averages_in_place(self._optimizer)
 
     def _gather(self, rows: Tensor, shape: torch.Size) -> Tensor:
         # On the device, where processes communicate; offloaded rows are on the host. Each process sends its rows to

@@ -1,6 +1,6 @@
 """One process, or DDP."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.tensors import place
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, put_back, state_of
+from diffsynth_core.optimizers.averaging import average_of, averages_in_place
 from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.training.engines.engine import Engine
@@ -94,6 +95,12 @@ class ReplicatedEngine(Engine):
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.detach()
+
+    def average(self, tensor: Tensor) -> Tensor:
+        return average_of(self._plain, tensor)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return averages_in_place(self._plain)
 
     def state(self) -> StateTensors:
         return state_of(self._trained, self._plain)

@@ -7,7 +7,8 @@ accelerate would step the optimizer within the last backward pass, before the lo
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from diffsynth_core.adapters.tensors import move_buffers, place
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, optimizer_values, restore_groups
 from diffsynth_core.host_memory import return_freed_memory
+from diffsynth_core.optimizers.names import AVERAGE, UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
 from diffsynth_core.planning.engines import EngineChoice
 from diffsynth_core.planning.sharding import REDUCE_BUCKET
@@ -92,6 +94,8 @@ class ZeroEngine(DividingEngine):
     def begin(self, rate: float, number: int) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+            if UPDATE in group:
+                group[UPDATE] = number
 
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -125,6 +129,21 @@ class ZeroEngine(DividingEngine):
         with self._deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
+    def average(self, tensor: Tensor) -> Tensor:
+        is_averaged = tensor.requires_grad and any(AVERAGE in state for state in self._optimizer.state.values())
+        return self._moment(tensor, AVERAGE) if is_averaged else self.whole(tensor)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        # The module computes with copies of the weights that are updated, which stay.
+        try:
+            for parameter in self._trained.values():
+                self._set_copy(parameter, self.average(parameter))
+            yield
+        finally:
+            for parameter in self._trained.values():
+                self._set_copy(parameter, self.whole(parameter))
+
     def state(self) -> StateTensors:
         weights = {name: partial(self.whole, parameter) for name, parameter in self._trained.items()}
         # Every part has the same kinds, and counters of the same value.
@@ -138,7 +157,7 @@ class ZeroEngine(DividingEngine):
         values = optimizer_values(dict.fromkeys(self._trained, part), self._optimizer)
         return StateTensors(LazyStateDict(weights), LazyStateDict(moments), values)
 
-    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+    def _moment(self, parameter: Tensor, kind: str) -> Tensor:
         """Return a tensor of the optimizer's state of one parameter, whole; a counter as it is."""
         value: Tensor = next(iter(self._optimizer.state.values()))[kind]
         if value.dim():
@@ -161,11 +180,15 @@ class ZeroEngine(DividingEngine):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                self._set_weight(parameter, weights[name])
+                weight = weights[name]
+                self._set_copy(parameter, weight)
+                self._set_part(parameter, weight)
                 for kind, example in kinds.items():
                     key = f"{name}/{kind}"
-                    if example.dim() and key in moments:  # otherwise it has had no gradient
+                    if example.dim() and key in moments:
                         self._set_part(parameter, moments[key], kind)
+                    elif kind == AVERAGE:  # it has had no gradient
+                        self._set_part(parameter, weight, kind)
         restore_groups(self._optimizer, values.groups, self.accelerator.device)
 
     def _parts(self) -> list[Tensor]:
@@ -176,14 +199,15 @@ class ZeroEngine(DividingEngine):
         )
         return parts
 
-    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+    @torch.no_grad()
+    def _set_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the weight that the module computes with, from the whole."""
         if self._stage == 3:
             with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if self.accelerator.is_main_process:
                     parameter.copy_(value)
         else:
             parameter.copy_(value)
-        self._set_part(parameter, value)
 
     def _set_part(self, parameter: nn.Parameter, value: Tensor, kind: str | None = None) -> None:
         """Set this process's part of a float32 weight, or of one kind of the optimizer's state, from the whole."""
