@@ -210,7 +210,7 @@ def test_other_commands_read_averages_as_checkpoints(cli, train):
     assert drawn[0] != drawn[1]
     outcome = cli("split-ckpt", full / "epoch-0.ema.safetensors", "--output_path", "parts")
     assert outcome.code == 0, outcome.err
-    outcome = cli("merge-lora", lora / "epoch-0.ema.safetensors", "--base", "Qwen/Qwen-Image:transformer/*.safetensors",
+    outcome = cli("merge-lora", "--lora", lora / "epoch-0.ema.safetensors", "--base", "Qwen/Qwen-Image:transformer/*.safetensors",
                   "--output_path", "merged")  # fmt: skip
     assert outcome.code == 0, outcome.err
 

@@ -43,8 +43,8 @@ PREFIXES = (
     "text_encoder",
 )
 """Prefixes of module names in files of the formats; a name with none of them has no prefix."""
-OF_ONE_TRAINING = ("ss_", "sshs_", ADAPTER_SETTINGS)
-"""Prefixes of metadata keys about the training of one file: its rank, its scale, its hash."""
+OF_ONE_TRAINING = ("ss_", "sshs_", "modelspec.title", "modelspec.hash_", ADAPTER_SETTINGS)
+"""Prefixes of metadata keys about the training of one file: its rank, its scale, its title, its hash."""
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,9 @@ class FamilyFacts:
         frame_inputs: extra inputs that are frames of the target clip, not columns -> which one, negative from its end.
         later_inputs: extra inputs of DiffSynth-Studio for this family that are not supported yet.
         masks_captions: whether a batch of captions of different lengths is padded, and attention masks the padding.
+        architectures: pattern (fnmatch) of a variant's `model_id` -> its name in `modelspec.architecture`, as
+            kohya-ss/sd-scripts and musubi-tuner write it (`sai_model_spec.py`); the first match counts.
+        repository: of the code of its makers, which `modelspec.implementation` states.
     """
 
     name: str
@@ -319,11 +322,17 @@ class FamilyFacts:
     frame_inputs: Mapping[str, int] = field(default_factory=dict)
     later_inputs: tuple[str, ...] = ()
     masks_captions: bool = False
+    architectures: Mapping[str, str] = field(default_factory=dict)
+    repository: str = ""
 
     def component(self, name: str) -> ComponentFacts:
         """Return the component of a name; the second of two denoisers is like the first."""
         known = self.denoiser if name and name == self.second_denoiser else name
         return next(component for component in self.components if component.name == known)
+
+    def architecture(self, model_id: str) -> str | None:
+        """Return the name of the variant of a `model_id` in `modelspec.architecture`, if it has one."""
+        return next((name for pattern, name in self.architectures.items() if fnmatch(model_id, pattern)), None)
 
     def published_sizes(self, component: str, model_id: str, place: str) -> HubModelSize | None:
         """Return the published component of an entry `model_id:place`, if its size is known."""

@@ -17,6 +17,7 @@ from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.training.modelspec import modelspec
 from diffsynth_core.weights.dtypes import torch_dtype
 from diffsynth_core.weights.writing import LazyStateDict
 
@@ -92,12 +93,12 @@ def _lora_tensors(plan: RunPlan, component: str, module: nn.Module, whole: Whole
     return {_key(plan, component, name): tensor for name, tensor in named.items()}
 
 
-def checkpoint_metadata(plan: RunPlan) -> Mapping[str, str]:
-    """Return the metadata of a checkpoint, which the conversion commands read."""
+def checkpoint_metadata(plan: RunPlan, step: int, averaged: bool) -> Mapping[str, str]:
+    """Return the metadata of a checkpoint: what the conversion commands read, and what others know."""
     metadata = {"family": plan.model.facts.name, "removed_prefix": removed_prefix(plan.parameters)}
     if plan.training.lora_component:
         metadata |= {"lora_component": plan.training.lora_component, "lora_format": plan.parameters.lora_format}
-    return metadata
+    return {**metadata, **modelspec(plan, step, averaged)}
 
 
 def conversion_hint(plan: RunPlan, path: Path) -> str | None:
@@ -124,11 +125,14 @@ def write_checkpoint(
     average: CheckpointContent | None = None,
 ) -> CheckpointEntry:
     """Write `<name>.safetensors` atomically, and the averages of the weights, if there are some, beside it."""
-    saved = _write(plan, content, folder / f"{name}.safetensors")
-    averages = _write(plan, average, folder / f"{name}{AVERAGE_SUFFIX}.safetensors") if average else None
+    saved = _write(content, folder / f"{name}.safetensors", checkpoint_metadata(plan, step, averaged=False))
+    averages = None
+    if average:
+        metadata = checkpoint_metadata(plan, step, averaged=True)
+        averages = _write(average, folder / f"{name}{AVERAGE_SUFFIX}.safetensors", metadata)
     return CheckpointEntry(saved.file, step, epoch, saved.sha256, saved.bytes, average=averages)
 
 
-def _write(plan: RunPlan, content: CheckpointContent, path: Path) -> SavedFile:
-    digest = write_tensors(path, content.tensors, checkpoint_metadata(plan), content.dtypes)
+def _write(content: CheckpointContent, path: Path, metadata: Mapping[str, str]) -> SavedFile:
+    digest = write_tensors(path, content.tensors, metadata, content.dtypes)
     return SavedFile(path.name, digest, path.stat().st_size)

@@ -22,6 +22,7 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.weighted_files import WeightedFile
 from tests.naming import names
 
+METADATA = {"format": "pt", "family": "x", "modelspec.architecture": "x/lora"}
 ROWS, COLUMNS = 12, 9
 
 
@@ -57,7 +58,7 @@ def run(tmp_path):
         given = []
         for number, (tensors, weight) in enumerate(files):
             path = tmp_path / f"{number}.safetensors"
-            save_file(dict(tensors), path, {"format": "pt", "family": "x", "ss_network_dim": "4"})
+            save_file(dict(tensors), path, METADATA | {"ss_network_dim": "4", "modelspec.title": "one of both"})
             given.append(WeightedFile(path, weight))
         plan = plan_addition(given, tmp_path / "out.safetensors", **choices)
         result = add_loras(plan, InputHashes(plan.inputs), SilentReporter())
@@ -82,7 +83,7 @@ def test_ranks_add_and_scales_and_weights_are_folded_in(run, tmp_path):
     with safe_open(tmp_path / "out.safetensors", framework="pt") as stream:
         metadata = stream.metadata()
     assert [entry["weight"] for entry in json.loads(metadata.pop(MERGED))[0]["loras"]] == [0.5, -2.0]
-    assert metadata == {"format": "pt", "family": "x"}
+    assert metadata == METADATA
 
 
 def test_concatenation_by_hand(run):

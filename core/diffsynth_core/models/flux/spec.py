@@ -195,6 +195,8 @@ FLUX = FamilyFacts(
             inputs=(CONTROLNET_IMAGE,),
         ),
     ),
+    architectures={"*": "flux-1-dev"},
+    repository="https://github.com/black-forest-labs/flux",
     denoiser="dit",
     variant=variant,
     text_column="prompt",

@@ -132,6 +132,8 @@ FLUX2 = FamilyFacts(
             unused_params=keys.unused_in_vae,
         ),
     ),
+    architectures={"*-4B": "Flux.2-klein-4b", "*-9B": "Flux.2-klein-9b"},
+    repository="https://github.com/black-forest-labs/flux2",
     denoiser="dit",
     variant=variant,
     text_column="prompt",

@@ -227,6 +227,8 @@ WAN = FamilyFacts(
             unused_params=keys.unused_in_image_encoder,
         ),
     ),
+    architectures={"*": "wan2.1"},  # that of Wan 2.2 too
+    repository="https://github.com/Wan-Video/Wan2.1",
     denoiser="dit",
     second_denoiser="dit2",
     variant=variant,
