@@ -213,3 +213,10 @@ def test_a_wrong_value_in_a_stage_names_the_stage(says, config):
         names("max_timestep_boundary", "at most 1.0", 2, path, "stage `high`"),
         seed,
     ]
+
+
+def test_each_stage_is_copied_to_a_place_of_its_own(staged_recipe):
+    stages = resolve_stages({"recipe": "staged", "mirror": "s3://bucket/run/", "push_to_hub": "alice/keyhole"})
+    assert values_of(stages, "mirror") == ["s3://bucket/run/high", "s3://bucket/run/low"]
+    assert values_of(stages, "push_to_hub") == ["alice/keyhole-high", "alice/keyhole-low"]
+    assert values_of(resolve_stages({"recipe": "staged"}), "mirror") == [None, None]
