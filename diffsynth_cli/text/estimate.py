@@ -140,6 +140,9 @@ def _disk_lines(plan: RunPlan, config: MemoryConfig, run: Workload) -> Iterator[
         what = f"encodings of {pluralize(samples, 'sample')}" if samples else "encodings of each sample"
         how = "" if run.counted else f", {_letters(plan)}"
         yield f"  {_amount(disk.cache)}  {what}{how}, in `{where}`{_free(where, disk.cache)}"
+    for name, size in disk.packed.items():
+        where = plan.output.cache
+        yield f"  {_amount(size)}  quantized weights of {name} for the next start, in `{where}`{_free(where, size)}"
     if plan.task.trains:
         many = f"{pluralize(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
         what = many if disk.checkpoints else "each checkpoint"
@@ -158,6 +161,7 @@ def disk_parts(plan: RunPlan, estimate: Estimate) -> dict[str, tuple[Path, int]]
     parts = {
         "download": (model_base_path(), download_bytes(plan)),
         many: (plan.output.cache if plan.task.trains else output, disk.cache),
+        "quantized weights": (plan.output.cache, sum(disk.packed.values())),
         "checkpoints and states" if disk.checkpoints else "a checkpoint and states": (output, disk.written),
     }
     return {name: (folder, size) for name, (folder, size) in parts.items() if size}

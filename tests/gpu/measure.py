@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -129,13 +129,17 @@ def write_headers(plan: RunPlan, base: Path) -> None:
         stream.truncate(len(header) + 2 * sum(map(math.prod, shapes.values())))
 
 
-def draw_weights(device: torch.device, part: Part) -> Iterator[tuple[str, Tensor, None]]:
+def draw_weights(
+    device: torch.device, part: Part, skipped: Callable[[str], bool] = lambda name: False
+) -> Iterator[tuple[str, Tensor, None]]:
     """Yield the tensors of a part as `iterate_weights` does, drawn on the device instead of read.
 
     Matrices have a standard deviation of 1 / sqrt(fan-in), and scales of norms are 1. Zeros would compute faster on a
     GPU, whose clock depends on the power that it draws.
     """
     for name, header in part.tensors.items():
+        if skipped(name):
+            continue
         if len(header.shape) == 1:
             value = torch.ones if name.endswith("weight") else torch.zeros
             yield name, value(header.shape, dtype=torch.bfloat16, device=device), None

@@ -7,13 +7,15 @@ the sha256 of its content. Entries are written atomically, never modified, and s
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import atomic_write, sync_file, temporary_sibling
+from diffsynth_core.files import atomic_write, sync_file, sync_folder, temporary_sibling
 from diffsynth_core.hub.file_cache import FileCache, file_stamp
 from diffsynth_core.weights.headers import Header, make_header, parse_header
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 CONTENT_HASH = "sha256"
 """Metadata key of an entry with the sha256 of its content."""
+WRITING_THREADS = 8
+"""Entries that are written at once: a disk syncs several files in about the time of one."""
 WHOLE = "whole"
 """Kind of the cached result of verifying an entry."""
 
@@ -75,7 +79,7 @@ class EncodingCache:
     """
 
     def __init__(self, folder: Path, behind: "EncodingCache | None" = None, memory: FileCache | None = None) -> None:
-        self._folder, self._behind, self._memory = folder, behind, memory
+        self.folder, self._behind, self._memory = folder, behind, memory
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the file cache, which cannot be passed to another process: data workers only read."""
@@ -83,7 +87,7 @@ class EncodingCache:
 
     def path(self, key: str) -> Path:
         """Return the file of an entry."""
-        return self._folder / key[:2] / f"{key}.safetensors"
+        return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
         """Return whether the entry exists and is intact; one that a disk error changed is encoded again."""
@@ -160,13 +164,10 @@ class EncodingCache:
             DiffSynthError: if the entry is gone or damaged.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load
 
         path = self.path(key)
         try:
-            content = path.read_bytes()
-            check_content(path, content)
-            tensors: dict[str, torch.Tensor] = load(content)
+            return _load(path)
         except (DiffSynthError, SafetensorError) as error:
             with suppress(OSError):
                 path.unlink()
@@ -179,4 +180,80 @@ class EncodingCache:
                 f"cannot read the cached encoding `{path}`: {error.strerror}",
                 "continue with `--resume auto` to encode it again if it is missing",
             ) from error
-        return tensors
+
+    def find(self, key: str) -> "dict[str, torch.Tensor] | None":
+        """Return an entry's tensors, on the CPU; None if it is missing or damaged."""
+        from safetensors import SafetensorError
+
+        try:
+            return _load(self.path(key))
+        except (DiffSynthError, SafetensorError, OSError):
+            return None
+
+
+def _load(path: Path) -> "dict[str, torch.Tensor]":
+    """Return the tensors of an intact entry, on the CPU.
+
+    Raises:
+        DiffSynthError, SafetensorError: if it is damaged.
+        OSError: if it cannot be read.
+    """
+    from safetensors.torch import load
+
+    content = path.read_bytes()
+    check_content(path, content)
+    tensors: dict[str, torch.Tensor] = load(content)
+    return tensors
+
+
+class CacheWriter:
+    """Checks and writes entries in threads: who makes them waits neither for the device nor for the disk.
+
+    Leaving the block waits for all, and raises what went wrong with one; then no power failure takes them.
+    """
+
+    def __init__(self, cache: EncodingCache) -> None:
+        self._cache, self._pool = cache, ThreadPoolExecutor(WRITING_THREADS)
+        self._writes: deque[Future[None]] = deque()
+        self._folders: set[Path] = set()
+
+    def write(self, key: str, tensors: "Mapping[str, torch.Tensor]", check: Callable[[], None] = lambda: None) -> None:
+        """Write an entry that passes a check, after one of those before it if there are many.
+
+        Raises:
+            DiffSynthError: if one of those before it does not pass, or cannot be written.
+        """
+        if len(self._writes) == WRITING_THREADS:
+            self._writes.popleft().result()
+        self._folders.add(self._cache.path(key).parent)
+        self._writes.append(self._pool.submit(self._write, key, tensors, check))
+
+    def wait(self) -> None:
+        """Wait for all entries so far.
+
+        Raises:
+            DiffSynthError: if one of them does not pass, or cannot be written.
+        """
+        while self._writes:
+            self._writes.popleft().result()
+
+    def _write(self, key: str, tensors: "Mapping[str, torch.Tensor]", check: Callable[[], None]) -> None:
+        check()
+        self._cache.write(key, {name: tensor.cpu() for name, tensor in tensors.items()})
+
+    def close(self, wait: bool = True) -> None:
+        """End the threads once they have written what they are writing; `wait`: and have made sure of all entries.
+
+        Raises:
+            DiffSynthError: if one of the entries does not pass, or cannot be written.
+        """
+        with self._pool:
+            if wait:
+                self.wait()
+                list(self._pool.map(sync_folder, self._folders))
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.close(wait=error is None)

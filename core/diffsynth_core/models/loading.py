@@ -12,6 +12,7 @@ from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.bases import part_of, shapes_in
 from diffsynth_core.models.family import Family
+from diffsynth_core.models.packed_weights import PackedWeights
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup, prepare_component
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Shapes
 from diffsynth_core.models.weight_store import WeightStore, find_store
@@ -111,6 +112,7 @@ def load_component(
     float32: Collection[str] = (),
     setup: ComponentSetup = FROZEN,
     place: Place = place,
+    packed: PackedWeights | None = None,
 ) -> nn.Module:
     """Load a component in eval mode, prepared for training steps as its setup says.
 
@@ -126,6 +128,7 @@ def load_component(
         change: applied to each tensor before it is loaded.
         float32: module keys of weights to load in float32.
         place: sets each tensor of the module.
+        packed: has weights as the store packed them at an earlier start, and takes those that it packs.
 
     Raises:
         FaultsFound: if names or shapes do not match the configuration.
@@ -144,7 +147,7 @@ def load_component(
             return None
         return torch.float32 if name in float32 or facts.stays_float32(name) else dtype
 
-    filler = _Filler(module, store, replaced, device, place)
+    filler = _Filler(module, store, replaced, device, place, packed)
     if waiting:
         filler.swap_out(setup.swapped, waiting)
     _fill(filler, files, dtype_of, change, reporter)
@@ -166,9 +169,16 @@ def _fill(
     reporter: Reporter,
 ) -> None:
     part, names = part_of(files), files.layout.names
+
+    def filled(key: str) -> bool:
+        if not filler.fill_packed(names.to_targets(key) or ()):
+            return False
+        task.advance()
+        return True
+
     label = f"Loading {files.component} ({format_bytes(part.nbytes)})"
     with reporter.task(label, len(part.tensors), "tensors") as task:
-        for key, stored, scale in iterate_weights(part):
+        for key, stored, scale in iterate_weights(part, filled):
             if scale is not None and not change and filler.keeps_scale(names.to_targets(key) or (), stored, scale):
                 for name, (value, rows) in _cut_stored(files, key, stored, scale).items():
                     filler.store(name, value, rows)
@@ -192,8 +202,9 @@ class _Filler:
         replaced: Mapping[str, nn.Linear],
         device: torch.device,
         place: Place,
+        packed: PackedWeights | None,
     ) -> None:
-        self._module, self._store, self._device, self._place = module, store, device, place
+        self._module, self._store, self._device, self._place, self._packed = module, store, device, place, packed
         self._replaced = {f"{name}.weight": layer for name, layer in replaced.items()}
         self._paths = base_layers(module)
         self._waiting: dict[str, StoredLinear] = {}
@@ -228,19 +239,41 @@ class _Filler:
 
     def store(self, name: str, weight: Tensor, scale: Tensor | None = None) -> bool:
         """Have the store keep a weight in its layer; return False, and put the former layer back, if it cannot."""
-        layer = self._waiting.get(name)
-        device = torch.device("cpu") if layer else self._device
+        device = self._device_of(name)
         packed = self._store.pack(weight.to(device), None if scale is None else scale.to(device))
         if packed is None:
             self.rejected.append(name)
             self._restore(name)
             return False
-        if layer:
+        if self._packed and scale is None and sum(tensor.nbytes for tensor in packed.values()) < weight.nbytes:
+            self._packed.keep(name, device, packed)
+        self._set_packed(name, packed)
+        return True
+
+    def fill_packed(self, names: Collection[str]) -> bool:
+        """Set weights as the store packed them at an earlier start, if all of them are there."""
+        if self._packed is None or not names or not set(names) <= self._replaced.keys():
+            return False
+        found: dict[str, Mapping[str, Tensor]] = {}
+        for name in names:
+            packed = self._packed.find(name, self._device_of(name))
+            if packed is None:
+                return False
+            found[name] = packed
+        for name, tensors in found.items():
+            self._set_packed(name, {leaf: tensor.to(self._device_of(name)) for leaf, tensor in tensors.items()})
+        return True
+
+    def _device_of(self, name: str) -> torch.device:
+        """Return where a weight is packed and kept."""
+        return torch.device("cpu") if name in self._waiting else self._device
+
+    def _set_packed(self, name: str, packed: Mapping[str, Tensor]) -> None:
+        if layer := self._waiting.get(name):
             self._swap.fill(layer, packed)
-            return True
+            return
         for leaf, tensor in packed.items():
             self._set(f"{name.removesuffix('weight')}{leaf}", tensor)
-        return True
 
     def _set(self, name: str, tensor: Tensor) -> None:
         layer, _, leaf = name.rpartition(".")

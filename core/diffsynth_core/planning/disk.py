@@ -1,12 +1,14 @@
 """How much disk a run takes, and how long a save is assumed to take: from sizes alone. No torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.size_facts import BYTES
-from diffsynth_core.planning.memory import Planned
+from diffsynth_core.models.weight_store import find_store
+from diffsynth_core.planning.memory import Planned, bytes_in_layers
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.trained_sizes import lora_numbers, trained_shapes, trained_tensor_bytes
@@ -31,7 +33,8 @@ class SaveSeconds:
 class DiskUse:
     """Bytes that a run writes: encodings, each checkpoint and how many there are, and the states that resume needs.
 
-    `state` is that of one step; `states` are on disk at most, with the one being written.
+    `state` is that of one step; `states` are on disk at most, with the one being written. `packed`: weights of
+    components as their store keeps them, for the next start.
     """
 
     cache: int
@@ -39,6 +42,7 @@ class DiskUse:
     checkpoints: int
     state: int
     states: int
+    packed: Mapping[str, int]
 
     @property
     def written(self) -> int:
@@ -50,7 +54,19 @@ def disk_use(plan: RunPlan, config: MemoryConfig, encoded: EncodedSize) -> DiskU
     """Bytes that a run writes, of all samples what is `encoded`."""
     cache = 0 if plan.data.encoded else encoded.bytes_in(config.precision)
     states = most_states(plan, plan.parameters.keep_states)
-    return DiskUse(cache, checkpoint_bytes(plan), most_checkpoints(plan), state_bytes(plan), states)
+    return DiskUse(cache, checkpoint_bytes(plan), most_checkpoints(plan), state_bytes(plan), states, packed_bytes(plan))
+
+
+def packed_bytes(plan: RunPlan) -> dict[str, int]:
+    """Bytes of the packed weights of each component of which some are kept for the next start: those that its store
+    packs smaller than they are in its files, unless a preset LoRA is merged into them first.
+    """
+    kept, fused = {}, plan.model.fused_lora
+    for name, files in plan.model.components.items():
+        shapes, each = plan.model.shapes.get(name), find_store(files.storage).bytes_per_weight
+        if shapes and each and each < _bytes_per_number(plan, name) and not (fused and fused.component == name):
+            kept[name] = sum(bytes_in_layers(plan, name, files.storage).values())
+    return kept
 
 
 def state_bytes(plan: RunPlan) -> int:
@@ -106,6 +122,11 @@ def checkpoint_bytes(plan: RunPlan) -> int:
         numbers = sum(math.prod(plan.model.shapes[name][weight]) for weight in written)
         total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name))) if numbers else 0
     return 2 * total if plan.training.optimizer.ema_decay else total
+
+
+def _bytes_per_number(plan: RunPlan, component: str) -> float:
+    """Bytes of a number in the files of a component, on average."""
+    return file_bytes(plan, component) / sum(map(math.prod, plan.model.shapes[component].values()))
 
 
 def stored_bytes(plan: RunPlan, component: str) -> float:

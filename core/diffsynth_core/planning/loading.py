@@ -12,6 +12,7 @@ from diffsynth_core.adapters.merge import MAX_SILENT_ERROR, RelativeError, Works
 from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.loading import WeightChange, load_component
+from diffsynth_core.models.packed_weights import PackedWeights
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.progress import Reporter
@@ -29,6 +30,7 @@ def load_planned(
     float32: Collection[str] = (),
     setup: ComponentSetup = FROZEN,
     place: Place = place,
+    packed: PackedWeights | None = None,
 ) -> nn.Module:
     """Return a component in `dtype` on `device`, in eval mode; see `load_component`.
 
@@ -36,6 +38,7 @@ def load_planned(
 
     Args:
         change: applied to each tensor after the preset LoRA.
+        packed: of a component that nothing is merged into; see `load_component`.
 
     Raises:
         FaultsFound: as `load_component`.
@@ -51,6 +54,7 @@ def load_planned(
             float32=float32,
             setup=setup,
             place=place,
+            packed=packed,
         )
 
 

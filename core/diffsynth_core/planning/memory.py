@@ -380,11 +380,18 @@ def bytes_of_weights(
     """Bytes of each weight of a component whose shapes are known, by module key; as `frozen_bytes`."""
     shapes, low = plan.model.shapes[component], BYTES[COMPUTE_DTYPES[precision]]
     fp32 = {*filter(plan.model.facts.component(component).stays_float32, shapes), *trained}
-    store = find_store(storage)
-    layers = filter(store.takes, layers_of_blocks(shapes)) if store.bytes_per_weight else ()
-    stored = {f"{layer}.weight": store.nbytes(shapes[f"{layer}.weight"]) for layer in layers}
+    stored = bytes_in_layers(plan, component, storage)
     sizes = {name: math.prod(shape) * (BYTES["float32"] if name in fp32 else low) for name, shape in shapes.items()}
     return sizes | {name: size for name, size in stored.items() if name not in fp32}
+
+
+def bytes_in_layers(plan: Planned, component: str, storage: str) -> dict[str, int]:
+    """Bytes of each weight that is kept in the layers of a weight store, by module key."""
+    shapes, store = plan.model.shapes[component], find_store(storage)
+    layers = filter(store.takes, layers_of_blocks(shapes)) if store.bytes_per_weight else ()
+    weights = (f"{layer}.weight" for layer in layers)
+    stays = plan.model.facts.component(component).stays_float32
+    return {name: store.nbytes(shapes[name]) for name in weights if not stays(name)}
 
 
 def encoding_memory(plan: RunPlan, config: MemoryConfig) -> tuple[EncodingMemory, ...]:

@@ -1,26 +1,23 @@
 """Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from diffsynth_core.data.cache import EncodingCache
+from diffsynth_core.data.cache import CacheWriter
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime, raise_if_any
-from diffsynth_core.files import sync_folder
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.planning.disk import packed_bytes
 from diffsynth_core.planning.encoder_inputs import check_encoded, load_input, load_tokenizers
 from diffsynth_core.planning.encoding_batches import EncodingBatches
 from diffsynth_core.planning.encoding_keys import hash_cache, inputs_of
@@ -35,9 +32,6 @@ from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.machines import share_of_samples
 from diffsynth_core.training.read_ahead import ReadAhead
 from diffsynth_core.training.workers import iterate
-
-WRITING_THREADS = 8
-"""Entries that are written at once: a disk syncs several files in about the time of one."""
 
 
 def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample, choice: int = 0) -> dict[str, Any]:
@@ -162,7 +156,7 @@ def _samples_per_second(
     refs = [ref] * size * (1 + count)
     workers = min(plan.parameters.dataset_num_workers, len(refs))
     begun = 0.0
-    with _Writer(part.cache) as writer:
+    with CacheWriter(part.cache) as writer:
         for number, (_, loaded) in enumerate(iterate(_RawSamples(plan, part.encoder, refs), range(len(refs)), workers)):
             stop.raise_if_set()
             stop.raise_if_out_of_time()
@@ -223,7 +217,8 @@ def _loaded_encoders(
         components[component] = load_for_run(
             plan, family, component, encoder_dtype(plan.machine.mixed_precision), accelerator.device, reporter
         )
-        if after and accelerator.is_local_main_process:  # processes of a machine share what the system keeps
+        # Processes of a machine share what the system keeps; packed weights are read from elsewhere.
+        if after and accelerator.is_local_main_process and after not in packed_bytes(plan):
             ahead.begin(plan.model.components[after].paths)
         for part in plan.encodings.encoders:
             if part.encoder.component == component:
@@ -249,7 +244,7 @@ def _encode(
     batches = EncodingBatches[EncodingRef].of(family, part.encoder, components)
     with (
         reporter.task(f"Encoding {part.encoder.name}", len(refs), "samples") as task,
-        _Writer(part.cache) as writer,
+        CacheWriter(part.cache) as writer,
     ):
 
         def store(encodings: Iterable[tuple[EncodingRef, Encoded]]) -> None:
@@ -285,48 +280,3 @@ def _encode(
             stop.raise_if_out_of_time()
     for warning, rows in warnings.items():
         reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
-
-
-class _Writer:
-    """Checks and writes entries in threads: encoding waits neither for the device nor for the disk.
-
-    Leaving the block waits for all, and raises what went wrong with one; then no power failure takes them.
-    """
-
-    def __init__(self, cache: EncodingCache) -> None:
-        self._cache, self._pool = cache, ThreadPoolExecutor(WRITING_THREADS)
-        self._writes: deque[Future[None]] = deque()
-        self._folders: set[Path] = set()
-
-    def write(self, key: str, encoded: Encoded, check: Callable[[], None] = lambda: None) -> None:
-        """Write an entry that passes a check, after one of those before it if there are many.
-
-        Raises:
-            DiffSynthError: if one of those before it does not pass, or cannot be written.
-        """
-        if len(self._writes) == WRITING_THREADS:
-            self._writes.popleft().result()
-        self._folders.add(self._cache.path(key).parent)
-        self._writes.append(self._pool.submit(self._write, key, encoded, check))
-
-    def wait(self) -> None:
-        """Wait for all entries so far.
-
-        Raises:
-            DiffSynthError: if one of them does not pass, or cannot be written.
-        """
-        while self._writes:
-            self._writes.popleft().result()
-
-    def _write(self, key: str, encoded: Encoded, check: Callable[[], None]) -> None:
-        check()
-        self._cache.write(key, {name: tensor.cpu() for name, tensor in encoded.items()})
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        with self._pool:
-            if error is None:
-                self.wait()
-                list(self._pool.map(sync_folder, self._folders))

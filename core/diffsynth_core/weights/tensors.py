@@ -1,6 +1,6 @@
 """Reading the tensors of weight files one by one, in any format."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,25 +11,31 @@ from diffsynth_core.weights.base_files import Part, Scale, scale_grid
 from diffsynth_core.weights.pickled import read_pickled
 
 
-def iterate_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of a file, on the CPU, reading each on demand. `wanted`: None for all."""
+def iterate_tensors(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of a file, on the CPU, reading each on demand, once it is found to be `wanted`."""
     from safetensors import safe_open
 
     if path.suffix in PICKLED_SUFFIXES:
-        yield from ((key, tensor) for key, tensor in read_pickled(path).items() if wanted is None or key in wanted)
+        yield from ((key, tensor) for key, tensor in read_pickled(path).items() if wanted(key))
         return
     with safe_open(path, framework="pt", device="cpu") as stream:
         for key in stream.keys():  # noqa: SIM118 - not a mapping
-            if wanted is None or key in wanted:
+            if wanted(key):
                 yield key, stream.get_tensor(key)
 
 
-def iterate_weights(part: Part) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield names without the prefix, stored weights, and their scales (see `dequantize`)."""
+def iterate_weights(
+    part: Part, skipped: Callable[[str], bool] = lambda name: False
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield names without the prefix, stored weights, and their scales (see `dequantize`).
+
+    Args:
+        skipped: called with each name in its turn; the weight is not read if it returns True.
+    """
     scales = {name: read_scale(scale, part.tensors[name].shape) for name, scale in part.scales.items()}
     names = {part.prefix + name: name for name in part.tensors}
     for path in part.paths:
-        for key, tensor in iterate_tensors(path, names):
+        for key, tensor in iterate_tensors(path, lambda key: key in names and not skipped(names[key])):
             yield names[key], tensor, scales.get(names[key])
 
 
@@ -37,7 +43,7 @@ def read_scale(scale: Scale, weight: tuple[int, ...]) -> Tensor:
     """Return a scale as float32 `[row blocks, column blocks]` of a weight of this shape."""
     grid = scale_grid(scale.header.shape, weight)
     assert grid, "checked when the header was read"
-    (_, tensor), *_ = iterate_tensors(scale.header.path, (scale.name,))
+    (_, tensor), *_ = iterate_tensors(scale.header.path, scale.name.__eq__)
     return tensor.to(torch.float32).reshape(grid)
 
 
