@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffsynth_cli.main import main
+from tests.conftest import ENTRIES
 
 PROCESSES = 2
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -54,7 +55,8 @@ TASKS = {
 }
 
 
-QWEN_DIT = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
+QWEN_DIT = ENTRIES["dit"]
+CONTROLNET = "InstantX/Qwen-Image-ControlNet-Union:diffusion_pytorch_model.safetensors"
 CHANGES = {
     "one row over two processes": ("lora", ("--lora_rank", "1")),
     "clipped": ("lora", ("--max_grad_norm", "0.01")),
@@ -68,6 +70,20 @@ CHANGES = {
     "no checkpointing": ("full", ("--no-use_gradient_checkpointing",)),
 }
 """What engines that shard have to get along with; name -> task of Qwen-Image, and further flags."""
+OBJECTIVES = {
+    "distillation": ("lora", ("--task", "direct_distill", "--dataset_metadata_path", "{folder}/distilled.csv")),
+    "text encoder, ControlNet and LoRA": (
+        "full",
+        (
+            *("--model_id_with_origin_paths", ",".join((*ENTRIES.values(), CONTROLNET))),
+            *("--trainable_models", "text_encoder,controlnet", "--lora_base_model", "dit", "--lora_rank", "3"),
+            *("--lora_target_modules", "to_q,to_k,to_v", "--remove_prefix_in_ckpt", "pipe.dit."),
+            *("--extra_inputs", "controlnet_image", "--data_file_keys", "image,controlnet_image"),
+            *("--dataset_metadata_path", "{folder}/pairs.csv"),
+        ),
+    ),
+}
+"""Further components and objectives, in the same form; `{folder}`: that of the test."""
 
 
 def flags_of(family: str, task: str) -> tuple[str, ...]:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from diffsynth_core.models.registry import load_family
 from tests.runs.engines import (
     CHANGES,
+    CONTROLNET,
     ENGINES,
+    OBJECTIVES,
     RECIPES,
     TASKS,
     difference,
@@ -21,6 +24,7 @@ Case = tuple[str, str, tuple[str, ...]]
 """Family, task, and further flags."""
 CASES: list[Case] = [(family, task, ()) for family in RECIPES for task in TASKS]
 OTHERS: list[Case] = [("qwen-image", task, flags) for task, flags in CHANGES.values()]
+MORE: list[Case] = [("qwen-image", task, flags) for task, flags in OBJECTIVES.values()]
 OF_EACH_KIND = ("fsdp2", "fsdp2 offload", "zero2", "zero3 offload")
 
 
@@ -37,7 +41,7 @@ class Place:
         family, task, more = case
         metadata = self.folder / ("video.csv" if family == "wan" else "image.csv")
         dataset = ("--dataset_base_path", str(self.photographs), "--dataset_metadata_path", str(metadata))
-        return (*flags_of(family, task), *dataset, *more)
+        return (*flags_of(family, task), *dataset, *(flag.replace("{folder}", str(self.folder)) for flag in more))
 
     def output(self) -> Path:
         """A folder that does not exist."""
@@ -68,7 +72,15 @@ def place(recipe_models, photographs, tmp_path_factory) -> Place:
     for column in ("image", "video"):  # Wan takes images as clips of one frame
         lines = [header.replace("image", column), *rows[:3]]
         (folder / f"{column}.csv").write_text("\n".join(lines), encoding="utf-8")
-    return Place(recipe_models(*(f"{RECIPES[family]}-{task}" for family, task, _ in CASES)), photographs, folder)
+    images = [row.partition(",")[0] for row in rows[:3]]
+    pairs = [f"{image},{images[0]},a cat" for image in images]
+    (folder / "pairs.csv").write_text("\n".join(["image,controlnet_image,prompt", *pairs]), encoding="utf-8")
+    sampled = [f"{image},a cat,{seed},cpu,2,1" for seed, image in enumerate(images)]
+    columns = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
+    (folder / "distilled.csv").write_text("\n".join([columns, *sampled]), encoding="utf-8")
+    models = recipe_models(*(f"{RECIPES[family]}-{task}" for family, task, _ in CASES))
+    load_family("qwen-image").write_tiny_weights(models, "controlnet", *CONTROLNET.split(":"))
+    return Place(models, photographs, folder)
 
 
 QUICK = ("fsdp2", "zero2", "zero3")
@@ -79,6 +91,7 @@ GROUPS = [
         ("qwen-image", CASES[:2], ENGINES, True),
         ("others", CASES[2:], ENGINES, False),
         ("changes", OTHERS, OF_EACH_KIND, False),
+        ("objectives", MORE, ("fsdp2",), False),
     )
     for engine in engines
 ]

@@ -159,11 +159,26 @@ def test_two_processes_measure_what_one_does_to_the_bit(train, others):
     assert lines(one) == lines(two) and len(lines(one)) == 2
 
 
+ENGINES = {
+    # The blocks stay gathered too.
+    "fsdp2": "{distributed_type: FSDP, fsdp_config: {fsdp_version: 2, fsdp_reshard_after_forward: false}}",
+    **{
+        f"zero{stage}": f"{{distributed_type: DEEPSPEED, deepspeed_config: {{zero_stage: {stage}}}}}"
+        for stage in (1, 2, 3)
+    },
+}
+"""Engine -> an accelerate configuration that asks for it."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_sharded_weights_are_measured_and_train_on_as_without(train, others, engine):
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(engine, marks=() if engine in ("fsdp2", "zero3") else pytest.mark.long) for engine in ENGINES],
+)
+def test_sharded_weights_are_measured_and_train_on_as_without(train, others, tmp_path, engine):
     """Nothing is kept gathered from one validation to the next step."""
-    flags = ("--num_processes", 2, "--accelerate_config", engine, "--max_steps", 2, "--learning_rate", 0.01)
+    (configuration := tmp_path / "accelerate.yaml").write_text(ENGINES[engine])
+    flags = ("--num_processes", 2, "--accelerate_config", configuration, "--max_steps", 2, "--learning_rate", 0.01)
     without = train("without", *flags)
     folder = train("with", *flags, "--validation_split", others, "--validate_every", 1)
     given = tensors(folder)
