@@ -53,6 +53,8 @@ def model_card(plan: RunPlan, record: RunRecord, folder: Path, with_previews: bo
         best = " (best)" if entry.file == record.best_checkpoint else ""
         loss = "" if entry.validation_loss is None else f"{entry.validation_loss:.4f}{best}"
         lines.append(f"| {_code(entry.file)} | {entry.step} | {entry.epoch} | {loss} |")
+        if entry.average:
+            lines.append(f"| {_code(entry.average.file)} (averaged weights) | {entry.step} | {entry.epoch} | |")
     lines += ["", "## Parameters\n", "| | |", "|---|---|"]
     lines += [f"| {_code(name)} | {_code(value)} |" for name, value in shown_parameters(plan).items()]
     return "\n".join(lines) + "\n"

@@ -45,10 +45,11 @@ def card_of(files: dict[str, bytes]) -> tuple[dict[str, object], str]:
 
 
 def test_each_checkpoint_is_uploaded_with_a_card(train, hub):
-    code, said = train("--max_steps", 4, "--validation_split", 0.25)
+    code, said = train("--max_steps", 4, "--validation_split", 0.25, "--ema_decay", 0.9)
     assert code == 0, said
     files = hub.repositories[f"models/{REPOSITORY}"]
-    assert files.keys() == {"README.md", "step-2.safetensors", "step-4.safetensors"}, said
+    names = {f"step-{step}{kind}.safetensors" for step in (2, 4) for kind in ("", ".ema")}
+    assert files.keys() == {"README.md", *names}, said
     assert all(files[path.name] == path.read_bytes() for path in Path("out").glob("*.safetensors"))
     assert not hub.public
     assert hub.commits[-1] == (REPOSITORY, "Step 4 of 4") and len(hub.commits) <= 3
@@ -60,7 +61,8 @@ def test_each_checkpoint_is_uploaded_with_a_card(train, hub):
         "pipeline_tag": "text-to-image",
         "tags": ["diffsynth", "qwen-image", "lora"],
     }
-    for line in ("# keyhole", "| steps | 4 of 4 |", "| training samples | 3 |", "| `lora_rank` | `2` |"):
+    for line in ("# keyhole", "| steps | 4 of 4 |", "| training samples | 3 |", "| `lora_rank` | `2` |",
+                 "| `step-4.ema.safetensors` (averaged weights) | 4 | 0 | |"):  # fmt: skip
         assert line in text.splitlines()
     losses = [json.loads(line)["loss"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert f"| loss | {sum(losses) / 4:.4f} (mean of 4 steps) |" in text
