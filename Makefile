@@ -55,6 +55,7 @@ docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schem
 	$(BIN)/python -m diffsynth_core.planning.presets recipes
 	$(BIN)/python docs/make_images.py docs
 	$(BIN)/python -m docs.make_report_images docs
+	$(BIN)/python -m docs.make_run_images docs
 	$(MAKE) train KEYHOLE=$(KEYHOLE)
 	cp $(KEYHOLE)/sheet/grid.png docs/keyhole.png
 

@@ -61,7 +61,7 @@ def test_a_run_is_followed_until_it_ends(cli, tmp_path, monkeypatch, ending, cod
     outcome = cli("run", "show", folder, "--follow")
     assert outcome.code == code
     for line in (
-        "step 6 of 9 (67%), about 4 s left; loss",
+        "step 6 of 9 (67%), about 4 s of steps left; loss",
         "saved step-9.safetensors (94.4 MB)",
         f"Status      {ending}",
     ):

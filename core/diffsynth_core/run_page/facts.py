@@ -91,7 +91,9 @@ class RunFacts:
 
     @property
     def seconds_left(self) -> float:
-        """To the last step, at the pace of the latest ones; NaN if that is unknown or the run has ended."""
+        """Of the steps left at the pace of the latest ones, without what is done between them; NaN if unknown or
+        the run has ended.
+        """
         left = self.record.total_steps - self.step
         return left * self.step_seconds if self.status == "running" else math.nan
 

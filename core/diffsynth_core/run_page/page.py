@@ -206,7 +206,7 @@ def _numbers(facts: RunFacts) -> str:
     if math.isfinite(facts.step_seconds):
         numbers["a step"] = f"{facts.step_seconds:.3g} s"
     if math.isfinite(facts.seconds_left):
-        numbers["left"] = format_duration(facts.seconds_left)
+        numbers["of steps left"] = format_duration(facts.seconds_left)
     if record.seconds:
         numbers["taken so far" if facts.status == "running" else "taken"] = format_duration(record.seconds)
     return "".join(f'<div class="number"><dt>{name}</dt><dd>{value}</dd></div>' for name, value in numbers.items())
@@ -221,7 +221,7 @@ def _time(facts: RunFacts) -> str:
     parts = {
         "computing": steps - data,
         "waiting for data": data,
-        "loading, encoding, validating, saving": max(0.0, facts.record.seconds - steps),
+        "loading, encoding, validating, drawing, saving": max(0.0, facts.record.seconds - steps),
     }
     whole = sum(parts.values())
     left, bars, texts = 0.0, [], []

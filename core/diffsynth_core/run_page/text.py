@@ -93,10 +93,12 @@ def reason_of(facts: RunFacts) -> str:
 
 
 def steps_in_words(facts: RunFacts) -> str:
-    """Return the progress of a run, and how long it takes to the end."""
+    """Return the progress of a run, and how long the steps take that are left."""
     total = facts.record.total_steps
     text = f"{facts.step:,} of {total:,}" + (f" ({facts.step / total:.0%})" if total else "")
-    return text + (f", about {format_duration(facts.seconds_left)} left" if math.isfinite(facts.seconds_left) else "")
+    return text + (
+        f", about {format_duration(facts.seconds_left)} of steps left" if math.isfinite(facts.seconds_left) else ""
+    )
 
 
 def local_time(seconds: float) -> str:
