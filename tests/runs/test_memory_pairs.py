@@ -68,7 +68,7 @@ class Case:
     def parameters(self) -> dict[str, object]:
         besides = {"fused_backward": True} if self.placement == "blocks on host" and self.trained != "LoRA" else {}
         return {**TRAINED[self.trained], **STORAGE[self.storage], **PLACEMENT[self.placement], **besides,
-                "optimizer": self.optimizer, "learning_rate": 1.0 if self.optimizer == "prodigy" else 0.01}  # fmt: skip
+                "optimizer": self.optimizer, "learning_rate": 1.0 if self.optimizer == "prodigy" else 0.001}  # fmt: skip
 
     def __str__(self) -> str:
         return "-".join(astuple(self))
