@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffsynth_core.checkpoints.run_folder import VALIDATIONS, preview_folder, read_previews
 from diffsynth_core.drawing import Drawing
 from diffsynth_core.generation.request import GenerationRequest
 from diffsynth_core.hub.model_folder import shipped_folder
 from tests.killing import TrainingRun
 from tests.shapes.concept import IMAGES, concept_rows, split_keyholes
-from tests.shapes.datasets import write_dataset
+from tests.shapes.datasets import Row, write_dataset
 from tests.shapes.drawing import Drawn, draw, held_out, keyholes, load_pipeline, share_right, table
 from tests.shapes.reading import read
 from tests.shapes.rendering import render
@@ -31,6 +32,8 @@ from tests.shapes.untrained import FILES, MODEL_ID
 Score = Callable[..., tuple[float, float]]
 TAUGHT, KEPT = 0.9, 0.9
 """Least share of right keyholes after training, and of right images of known scenes."""
+SEEN = 10
+"""Keyholes in the previews of a run."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,6 +139,38 @@ def test_a_lora_teaches_it_the_word(lora, score):
     taught, kept = score(lora=lora)
     print(f"keyholes {taught:.0%}, known scenes {kept:.0%}")
     assert taught >= TAUGHT and kept >= KEPT
+
+
+@pytest.fixture(scope="module")
+def watched(dataset, folder) -> Path:
+    """The same run with all that can be seen of it, on keyholes of colors that are not taught."""
+    untaught = split_keyholes()[1]
+    write_dataset(folder / "untaught", (Row(render(one.scene, 1), one.caption) for one in untaught))
+    (folder / "prompts.txt").write_text("".join(f"{one.caption}\n" for one in untaught[:SEEN]))
+    checkpoint = train(
+        dataset, folder / "watched", "--preview_prompts", folder / "prompts.txt", "--preview_every", 76, "--preview_steps",
+        12, "--validation_split", folder / "untaught", "--validate_every", 76, "--ema_decay", 0.99, "--log_with",
+        "csv,tensorboard", "--mirror", folder / "mirror",
+    )  # fmt: skip
+    return checkpoint.parent
+
+
+def test_the_previews_of_a_run_show_what_it_learns_while_the_loss_on_others_falls(watched):
+    validated = [json.loads(line) for line in (watched / VALIDATIONS).read_text().splitlines()]
+    losses = {line["step"]: line["validation_loss"] for line in validated}
+    shares = {}
+    for step, drawn in read_previews(watched).items():
+        files = [preview_folder(watched, step) / one.file for one in drawn.images]
+        right = [read(Image.open(file)) == one.scene for file, one in zip(files, split_keyholes()[1], strict=False)]
+        shares[step] = sum(right) / SEEN
+    first, last = min(shares), max(shares)
+    print(*(f"step {step}: {shares[step]:.0%} right, validation loss {losses[step]:.4f}" for step in shares), sep="\n")
+    assert shares[first] == 0 and shares[last] >= TAUGHT and losses[last] < 0.8 * losses[first]
+
+
+def test_to_watch_a_run_changes_no_weight(watched, lora):
+    without, given = load_file(lora), load_file(watched / lora.name)
+    assert all(torch.equal(given[name], tensor) for name, tensor in without.items())
 
 
 def test_generate_draws_what_the_pipeline_draws(lora, tmp_path, monkeypatch):
