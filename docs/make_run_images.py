@@ -38,7 +38,9 @@ def train(folder: Path) -> Path:
 
 
 def take(page: Path, target: Path) -> None:
-    """Take the images of a page: its beginning, and the previews."""
+    """Take the images of a page: its beginning, and the previews. The run's folder is shown as a user has it."""
+    shown = page.read_text(encoding="utf-8").replace(str(page.parent.parent), "/home/me/runs")
+    page.write_text(shown, encoding="utf-8")
     with browser() as window:
         window.set_window_size(WIDTH, CURVES_HEIGHT)
         open_page(window, page.as_uri())

@@ -349,7 +349,7 @@ class Run:
         first, total = self.plan.output.start.first_step, steps.total_steps
         micro_batches = iterate_micro_batches(self.plan, self.accelerator.process_index)
         self._check_time(stop)
-        if first not in recorded_steps(self.folder / VALIDATIONS):
+        if of_first(first not in recorded_steps(self.folder / VALIDATIONS), self.accelerator):
             self._validate()
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
