@@ -69,7 +69,7 @@ def train(dataset: Path, output: Path, *words: object, recipe: str = "shapes-lor
     """Train on the keyholes and return the last checkpoint."""
     run(dataset.parent, "train", "--recipe", recipe, "--device", "cpu", "--dataset_base_path", dataset,
         "--cache_path", dataset.parent / "cache", "--output_path", output, *words)  # fmt: skip
-    return max(output.glob("epoch-*.safetensors"), key=lambda path: int(path.stem[6:]))
+    return output / json.loads((output / "run.json").read_text())["checkpoints"][-1]["file"]
 
 
 @pytest.fixture(scope="module")
