@@ -5,8 +5,11 @@ process.
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import pytest
 import torch
 
 from diffsynth_core.config.resolve import resolve
@@ -54,6 +57,30 @@ def test_a_step_of_the_tiny_model_takes_at_most_1_15_of_a_bare_loop(tmp_path, be
     bench.at_most("a step of shapes-full at batch 64 / a bare loop", statistics.median(ratios), 1.15, detail)
 
 
+WATCHED = {
+    "previews": {"preview_prompts": "a red circle on blue", "preview_every": "20", "preview_steps": "4"},
+    "trackers": {"log_with": "csv,tensorboard"},
+    "averages": {"ema_decay": "0.99"},
+}
+"""What makes a run easier to follow, by parameters."""
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_step_is_not_slower_because_the_run_can_be_followed(name, tmp_path, bench):
+    scenes = tmp_path / "scenes"
+    write_dataset(scenes, scene_rows(draw_scenes(TINY_BATCH, seed=0)))
+    ratios = []
+    steps = bench.size(60, WARM_UP + 1)
+    for number in range(bench.rounds(ROUNDS)):
+        without, given = (
+            _our_steps(_shapes_plan(tmp_path, scenes, f"{kind}-{number}", steps, flags))
+            for kind, flags in (("without", {}), ("with", WATCHED[name]))
+        )
+        ratios.append(given / without)
+    detail = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    bench.at_most(f"a step of shapes-full at batch 64 with {name} / without", statistics.median(ratios), 1.02, detail)
+
+
 def _plan(tmp_path: Path, photographs: Path, output: str, steps: int) -> RunPlan:
     flags = {
         "recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "dataset_num_workers": "0", "batch_size": "4",
@@ -62,12 +89,14 @@ def _plan(tmp_path: Path, photographs: Path, output: str, steps: int) -> RunPlan
     return make_plan(resolve(flags), SilentReporter(), base=tmp_path / "models")
 
 
-def _shapes_plan(tmp_path: Path, scenes: Path, output: str, steps: int) -> RunPlan:
-    flags = {
+def _shapes_plan(
+    tmp_path: Path, scenes: Path, output: str, steps: int, flags: Mapping[str, str] = MappingProxyType({})
+) -> RunPlan:
+    given = {
         "recipe": "shapes-full", "dataset_base_path": str(scenes), "max_steps": str(steps), "num_epochs": str(steps),
-        "save_steps": str(steps), "output_path": str(tmp_path / output), "device": "cpu",
+        "save_steps": str(steps), "output_path": str(tmp_path / output), "device": "cpu", **flags,
     }  # fmt: skip
-    return make_plan(resolve(flags), SilentReporter(), base=tmp_path / "models")
+    return make_plan(resolve(given), SilentReporter(), base=tmp_path / "models")
 
 
 def _our_steps(plan: RunPlan) -> float:
