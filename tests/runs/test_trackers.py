@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffsynth_core.checkpoints.run_folder import PreviewImage, PreviewList
 from diffsynth_core.training import trackers
 from tests.killing import ForkedRun, steps_done
 
@@ -199,6 +200,20 @@ def test_a_tracker_that_fails_is_told_once_and_ends_no_run(train, service, monke
     assert failing.calls == calls
     assert curve_of_csv(Path("out"), "loss") == [(line["step"], line["loss"]) for line in metrics()]
     assert len(metrics()) == 2
+
+
+def test_a_preview_that_cannot_be_read_ends_no_run(tmp_path, monkeypatch):
+    told, tracker = [], Failing("nowhere")
+    monkeypatch.setitem(trackers.BUILDERS, "tensorboard", lambda run: tracker)
+    PreviewList(2, (PreviewImage("0001.png", "a cat", 0, 64, 64, 1),)).save(tmp_path)
+    (tmp_path / "0001.png").write_text("truncated")
+    run = trackers.TrackedRun(tmp_path, "a", 0, {})
+    observer = trackers.TrackerObserver("tensorboard", run, None, SimpleNamespace(warn=told.append))
+    observer.on_preview(tmp_path, 2)
+    observer.on_preview(tmp_path, 4)
+    (only,) = told
+    assert only.startswith("the tracker `tensorboard` has failed at step 2: ")
+    assert tracker.calls == ["start", "store_init_configuration"]
 
 
 def test_offline_runs_of_wandb(train, monkeypatch):

@@ -224,9 +224,13 @@ class TrackerObserver(Observer):
         listed = read_preview_list(folder)
         if self._name in IMAGE_OPTIONS and listed:
             names = [one.file for one in listed.images if one.num_frames == 1]
-            images = {f"preview_{Path(name).stem}": _read_image(folder / name) for name in names}
             options = IMAGE_OPTIONS[self._name]
-            self._send(step, lambda tracker: cast(ImageTracker, tracker).log_images(images, step=step, **options))
+
+            def send(tracker: Tracker) -> None:
+                images = {f"preview_{Path(name).stem}": _read_image(folder / name) for name in names}
+                cast(ImageTracker, tracker).log_images(images, step=step, **options)
+
+            self._send(step, send)
 
     def on_validation(self, report: ValidationReport) -> None:
         self._log(metrics_of_validation(report), report.step)
