@@ -16,12 +16,16 @@ FINISHING = "Finishing the current step and saving; repeat the signal to stop at
 class StopRequest:
     """Whether a stop was requested, by which signal, and when the time is over.
 
+    Attributes:
+        at_once: whether it was requested again, so that the end of the run waits for nothing.
+
     Signals reach all processes of a run; when the time is over, they have to agree about it, because each has its own
     clock.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.at_once = False
         self._deadline = math.inf
 
     def __bool__(self) -> bool:

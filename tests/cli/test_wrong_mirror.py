@@ -17,6 +17,7 @@ from tests.naming import names
         (("--mirror", "out", "--output_path", "out/run"), 2, names("mirror", "out/run"), names("beside")),
         (("--mirror", "copy", "--task", "sft:data_process"), 2, names("mirror", "sft:data_process"), names("--mirror")),
         (("--mirror", "/dev/null/copy"), 1, names("/dev/null/copy", "written"), names("--mirror")),
+        (("--mirror", "s3://buck[et/run"), 2, names("mirror", "URL"), names("s3://bucket/run")),
     ],
 )
 def test_a_wrong_mirror_is_refused(refuse, flags, code, problem, hint):

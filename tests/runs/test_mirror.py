@@ -124,6 +124,38 @@ def test_no_step_waits_and_the_end_waits_for_a_limited_time(train, failing, monk
     assert json.loads(Path("out/run.json").read_text())["status"] == "completed"
 
 
+def test_a_second_interrupt_waits_for_no_mirror(cli, photographs, failing, monkeypatch):
+    def on_step(observer, report):
+        if report.step == 3:
+            Failing.blocks.set()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(background, "WAIT_SECONDS", 5)
+    monkeypatch.setattr(background.BackgroundObserver, "on_step", on_step)
+    outcome = cli("train", *SMALL, "--dataset_base_path", photographs, "--output_path", "out", "--mirror", failing)
+    assert outcome.code == 130
+    assert "Waiting" not in outcome.err and "lacks what was saved last" in " ".join(outcome.err.split())
+
+
+def test_the_mirror_of_a_folder_that_goes_away_keeps_everything(cli, photographs, monkeypatch):
+    """The run saves its last state in a new folder, which is no reason to delete the rest."""
+    there: dict[str, bytes] = {}
+
+    def on_step(observer, report):
+        while report.step == 3 and not observer._background.wait(60):
+            pass
+        if report.step == 3:
+            there.update(files_of(Path("copy")))
+            Path("out").rename("moved")
+
+    monkeypatch.setattr(background.BackgroundObserver, "on_step", on_step)
+    outcome = cli("train", *SMALL, "--dataset_base_path", photographs, "--output_path", "out", "--mirror", "copy")
+    said = " ".join(outcome.err.split())
+    assert outcome.code == 1 and "the mirror `copy` cannot be updated: `out` was removed or renamed" in said
+    assert sorted(path.name for path in Path("out/state").iterdir()) == ["step-4"]
+    assert "state/step-2/state.json" in there and files_of(Path("copy")) == there
+
+
 def test_a_rehearsal_stays_in_its_folder(cli):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--mirror", "copy", "--max_steps", 2)
     assert outcome.code == 0, outcome.err

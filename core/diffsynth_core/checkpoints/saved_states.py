@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
@@ -94,11 +94,14 @@ class FoundStates:
 
 def state_folders(folder: Path) -> list[Path]:
     """Return the state folders of a run, intact or not, latest first; other names are ignored."""
-    found = [path for path in (folder / STATE_FOLDER).glob("step-*") if path.is_dir() and _number(path) is not None]
-    return sorted(found, key=lambda path: _number(path) or 0, reverse=True)
+    found = [
+        path for path in (folder / STATE_FOLDER).glob("step-*") if path.is_dir() and step_of_state(path) is not None
+    ]
+    return sorted(found, key=lambda path: step_of_state(path) or 0, reverse=True)
 
 
-def _number(path: Path) -> int | None:
+def step_of_state(path: PurePath) -> int | None:
+    """Return the step in the name of a state folder; None for another name."""
     digits = path.name.removeprefix("step-")
     return int(digits) if digits.isascii() and digits.isdecimal() else None
 
@@ -116,12 +119,12 @@ def find_states(folder: Path, run: str, hashes: Hashes, below: int | None = None
     """
     damaged: list[DamagedState] = []
     for path in state_folders(folder):
-        if below is not None and (_number(path) or 0) >= below:
+        if below is not None and (step_of_state(path) or 0) >= below:
             continue
         try:
             return FoundStates(SavedState(path, read_complete_state(path, run, hashes)), tuple(damaged))
         except DiffSynthError as error:
-            damaged.append(DamagedState(_number(path) or 0, _without(path, error.problems[0].message)))
+            damaged.append(DamagedState(step_of_state(path) or 0, _without(path, error.problems[0].message)))
     return FoundStates(None, tuple(damaged))
 
 
@@ -138,7 +141,7 @@ def read_complete_state(state: Path, run: str, hashes: Hashes) -> LoopState:
         DiffSynthError: names the damaged file.
     """
     loop_state = read_json(state / LOOP_STATE, LoopState, "resume from another state")
-    if loop_state.step != _number(state) or loop_state.samples_seen < 0:
+    if loop_state.step != step_of_state(state) or loop_state.samples_seen < 0:
         raise DiffSynthError(f"`{state / LOOP_STATE}`: it belongs to step {loop_state.step}")
     if loop_state.run != run:
         raise DiffSynthError(f"`{state / LOOP_STATE}`: it belongs to another run")

@@ -29,7 +29,12 @@ def mirror_problems(parameters: Parameters) -> Iterator[Problem]:
     if scheme is None or scheme in LOCAL_SCHEMES:
         yield from _local_problems(parameters, mirror)
         return
-    if urlsplit(mirror).password:
+    try:
+        password = urlsplit(mirror).password
+    except ValueError:  # its message may hold the password
+        yield Problem("`mirror` is no valid URL", "use a folder, or a URL such as `s3://bucket/run`", wrong_use=True)
+        return
+    if password:
         what = "`mirror` holds a password, which `run.json` would record"
         hint = "leave it out; the file systems of fsspec take it from their own logins, environment or configuration"
         yield Problem(what, hint, wrong_use=True)

@@ -16,6 +16,8 @@ WAIT_SECONDS = 600.0
 """How long the end of a run waits for its last updates, unless the slowest so far has taken more than half of that."""
 WAIT_SECONDS_ALONE = 15.0
 """How long it waits after a failure in one of several processes: the others notice it, and end all in half a minute."""
+WAIT_SECONDS_AT_ONCE = 1.0
+"""How long it waits if the user has asked twice to stop."""
 
 
 class Destination(Protocol):
@@ -160,10 +162,13 @@ class BackgroundObserver(Observer):
             seconds = min(seconds, max(self._stop.seconds_left, 0.0))
         if self._is_alone():
             seconds = min(seconds, WAIT_SECONDS_ALONE)
-        if destinations and not self._background.wait(min(seconds, 1.0)):
+        if self._stop.at_once:
+            seconds = min(seconds, WAIT_SECONDS_AT_ONCE)
+        silent = min(seconds, 1.0)
+        if not self._background.wait(silent) and seconds > silent:
             titles = " and ".join(destination.title for destination in destinations)
             self._reporter.info(f"Waiting for {titles}, at most {format_duration(seconds)}")
-            self._background.wait(seconds - min(seconds, 1.0))
+            self._background.wait(seconds - silent)
         self._tell()
         for destination in destinations:
             if self._background.unfinished(destination):

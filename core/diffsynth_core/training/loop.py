@@ -324,7 +324,7 @@ class Run:
             self._finish("interrupted")
             raise
         except KeyboardInterrupt:
-            together = False
+            together, stop.at_once = False, True
             self._finish("interrupted")
             raise
         except BaseException as error:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffsynth_core.checkpoints.mirror import Mirror
-from diffsynth_core.checkpoints.run_folder import RunRecord, read_record
+from diffsynth_core.checkpoints.run_folder import RunRecord, folder_identity, read_record
+from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.hub.client import Hub, Repository, open_hub
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter
@@ -28,6 +29,9 @@ class MirroredRun(Destination):
     run: str
     """The `id` of the run."""
 
+    def __post_init__(self) -> None:
+        self._identity = folder_identity(self.folder)
+
     @property
     def title(self) -> str:
         return f"the mirror `{self.mirror.address}`"
@@ -37,6 +41,13 @@ class MirroredRun(Destination):
         return f"copy `{self.folder}` there"
 
     def update(self) -> None:
+        """Bring the mirror up to date.
+
+        Raises:
+            DiffSynthError: if the run's folder is gone, or another has taken its place.
+        """
+        if folder_identity(self.folder) != self._identity:
+            raise DiffSynthError(f"`{self.folder}` was removed or renamed")
         self.mirror.update(self.folder, self.run)
 
 

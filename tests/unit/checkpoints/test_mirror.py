@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,17 +12,26 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from diffsynth_core.checkpoints.mirror import LIST, PARTIAL, Mirror, OfAnotherRun
+from diffsynth_core.checkpoints.run_folder import CheckpointEntry, RunRecord
 
 
-def write_run(folder: Path, *steps: int) -> None:
-    """The files of a run with a checkpoint and a state after each of `steps`, and some that are not its own."""
-    files = {"run.json": json.dumps({"steps": steps}), "metrics.jsonl": "{}\n" * steps[-1], "train.log": "log"}
+def write_run(folder: Path, *steps: int, keep_checkpoints: int | None = 2) -> None:
+    """The files of a run with a checkpoint and a state after each of `steps`, and some that are not its own. Those of
+    other steps are deleted; their previews stay.
+    """
+    record = RunRecord(
+        {"keep_checkpoints": keep_checkpoints}, "flux", 0, "", {}, "no", 1, step=steps[-1],
+        checkpoints=[CheckpointEntry(f"step-{step}.safetensors", step, 0, "", 0) for step in steps],
+    )  # fmt: skip
+    files = {"run.json": json.dumps(asdict(record)), "metrics.jsonl": "{}\n" * steps[-1], "train.log": "log"}
     for step in steps:
         files[f"step-{step}.safetensors"] = f"checkpoint {step}" * 99
         files |= {f"state/step-{step}/{name}.safetensors": f"{name} {step}" * 99 for name in ("trained", "optimizer")}
         files |= {f"state/step-{step}/state.json": f"state {step}"}
         files |= {f"samples/step-{step}/{name}": name * step for name in ("0001.png", "images.json")}
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
     for name, text in (files | {".lock": "", "notes.txt": "mine", "state/.step-9.new/state.json": ""}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -69,7 +79,7 @@ class Breaking(MemoryFileSystem):
         super().mv(path1, path2, **kwargs)
 
     def rm_file(self, path):
-        if not path.endswith(PARTIAL):  # that is a part of moving it
+        if PARTIAL not in path:  # that is a part of moving it
             self.change()
         return super()._rm(path)
 
@@ -86,12 +96,14 @@ def contents(address: str) -> dict[str, bytes]:
     """The files at a mirror, without the list."""
     system, root = fsspec.url_to_fs(address)
     found = {path.removeprefix(f"{root}/"): system.cat_file(path) for path in system.find(root)}
-    return {name: content for name, content in found.items() if name not in (LIST, PARTIAL)}
+    return {name: content for name, content in found.items() if name != LIST and PARTIAL not in name}
 
 
 @pytest.mark.parametrize("where", ["folder", "file://{}/url", "breaking://mirror"])
 def test_a_mirror_follows_its_run(tmp_path, monkeypatch, breaking, where):
-    """Files that the run has deleted are deleted there too, and nothing else; what is unchanged is not copied again."""
+    """Checkpoints and states that the run has deleted are deleted there too, and nothing else; what is unchanged is not
+    copied again.
+    """
     monkeypatch.chdir(tmp_path)
     run, address = tmp_path / "run", where.format(tmp_path)
     write_run(run, 2, 4)
@@ -103,15 +115,49 @@ def test_a_mirror_follows_its_run(tmp_path, monkeypatch, breaking, where):
     assert mirror.update(run, "a") == (run / "run.json").stat().st_size
     system, root = fsspec.url_to_fs(address)
     system.pipe_file(f"{root}/state/step-2/other.txt", b"not of the mirror")
-    for name in ("step-2.safetensors", "samples/step-2/0001.png", "samples/step-2/images.json"):
-        (run / name).unlink()
-    shutil.rmtree(run / "state/step-2")
+    previews = {name: content for name, content in own_files(run).items() if name.startswith("samples")}
+    write_run(run, 4, 6)
+    shutil.rmtree(run / "samples")
     (run / "metrics.jsonl").write_text("more")
     again = Mirror(address)  # of the run that is resumed
     again.check("a")
     again.update(run, "a")
-    assert contents(address) == own_files(run) | {"state/step-2/other.txt": b"not of the mirror"}
-    assert not system.exists(f"{root}/samples/step-2")
+    assert contents(address) == own_files(run) | previews | {"state/step-2/other.txt": b"not of the mirror"}
+
+
+def test_what_is_lost_here_stays_there(tmp_path):
+    """Whatever has vanished though the run has not deleted it: even the folder."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    write_run(run, 2, 4)
+    mirror = Mirror(str(copy))
+    mirror.update(run, "a")
+    there = own_files(copy)
+    shutil.rmtree(run / "samples")
+    for name in ("metrics.jsonl", "train.log", "step-2.safetensors", "step-4.safetensors"):
+        (run / name).unlink()
+    mirror.update(run, "a")
+    assert own_files(copy) == there
+    shutil.rmtree(run / "state/step-4")
+    mirror.update(run, "a")
+    assert own_files(copy) == there, "step 2 does not replace a later state"
+    shutil.rmtree(run / "state")
+    mirror.update(run, "a")
+    assert own_files(copy) == there
+    shutil.rmtree(run)
+    with pytest.raises(FileNotFoundError):
+        mirror.update(run, "a")
+    assert own_files(copy) == there
+
+
+def test_states_that_a_run_has_gone_back_behind_are_deleted(tmp_path):
+    """It was resumed before them, so that they would continue another course."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    write_run(run, 2, 8)
+    mirror = Mirror(str(copy))
+    mirror.update(run, "a")
+    write_run(run, 2, 4)
+    mirror.update(run, "a")
+    assert sorted(path.name for path in copy.glob("state/*")) == ["step-2", "step-4"]
 
 
 def test_wherever_copying_breaks_off_what_is_there_is_whole(tmp_path, breaking):
@@ -195,6 +241,24 @@ def test_a_folder_with_other_files_is_no_mirror(tmp_path, name, said):
     with pytest.raises(OfAnotherRun, match=said):
         Mirror(str(tmp_path / "mirror")).check(None)
     assert [path.name for path in (tmp_path / "mirror").iterdir()] == [name]
+
+
+def test_a_check_does_not_disturb_the_run_that_is_copied_meanwhile(tmp_path, monkeypatch, breaking):
+    """Planning checks the mirror before it notices that the run goes on."""
+    run, address = tmp_path / "run", "breaking://mirror"
+    write_run(run, 2)
+    Mirror(address).update(run, "a")
+    write_run(run, 2, 4)
+    move, once = breaking.mv, iter([Mirror(address)])
+
+    def check_and_move(system, *paths, **kwargs):
+        for mirror in once:
+            mirror.check("a")
+        move(system, *paths, **kwargs)
+
+    monkeypatch.setattr(breaking, "mv", check_and_move)
+    Mirror(address).update(run, "a")
+    assert contents(address) == own_files(run)
 
 
 def test_a_check_leaves_nothing_behind(tmp_path):
