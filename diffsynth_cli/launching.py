@@ -179,6 +179,11 @@ class Launch:
         return not is_launched() and (self.processes > 1 or self.is_asked)
 
     @property
+    def is_first(self) -> bool:
+        """Whether this is the first process of the run, or starts it."""
+        return self.machine_rank == 0 and os.environ.get("RANK", "0") == "0"
+
+    @property
     def rendezvous(self) -> Rendezvous | None:
         """Where several machines wait for each other; None: there is one, or no address."""
         if self.machines == 1 or self.main_process_ip is None or self.main_process_port is None:
@@ -229,11 +234,10 @@ def launch(flags: Mapping[str, Any], asked: Launch, device: str) -> int:
 
     environment = dict(os.environ)
     here = asked.processes // asked.machines
-    if device == "cpu":
-        environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    elif torch.accelerator.device_count() < here:
-        there = torch.accelerator.device_count()
-        with errors_sent(asked.rendezvous):
+    with errors_sent(asked.rendezvous):
+        if device == "cpu":
+            environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+        elif (there := torch.accelerator.device_count()) < here:
             raise DiffSynthError(
                 f"{here} processes on this machine need as many GPUs, but {there} are available",
                 f"request {there * asked.machines} in total",
@@ -241,7 +245,9 @@ def launch(flags: Mapping[str, Any], asked: Launch, device: str) -> int:
     if asked.rendezvous:
         where = f"{asked.main_process_ip}:{asked.main_process_port}"
         echo(f"Machine {asked.machine_rank} of {asked.machines} waits for the others at {where}", err=True)
-        wait_for_machines(asked.rendezvous)
+        if not wait_for_machines(asked.rendezvous):
+            echo("Nothing left to do: the run of machine 0 is complete", err=True)
+            return 0
     command = [*LAUNCHER, *asked.words, "-m", "diffsynth_cli", "train", *as_words(flags)]
     with TemporaryDirectory(prefix="diffsynth-") as folder:
         reports = Path(folder)

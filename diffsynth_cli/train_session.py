@@ -18,7 +18,7 @@ from diffsynth_cli.errors import exit_code_of, lines_for_log, sentence_of
 from diffsynth_cli.launching import Launch
 from diffsynth_cli.printing import echo, echo_line, echo_styled
 from diffsynth_cli.ranks import in_company
-from diffsynth_cli.rendezvous import errors_sent, notify
+from diffsynth_cli.rendezvous import errors_sent, tell_complete
 from diffsynth_cli.streams import stdout_as_messages
 from diffsynth_cli.text.download import plan_lines as download_lines
 from diffsynth_cli.text.estimate import (
@@ -66,7 +66,7 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
         else:
             launch = launching.Launch.of(first)
         stages = [replace(stage, problems=(*stage.problems, *launch.problems)) for stage in stages]
-        session = Session(stages, reporter, launch.processes, launch.engine)
+        session = Session(stages, reporter, launch.processes, launch.engine, launch.is_first)
         if first.dry_run:
             return _show_plans(session, reporter)
         if launching.is_launched():
@@ -158,15 +158,16 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter, l
     with errors_sent(launch.rendezvous):
         session.download(show, messages)
         plans = session.plan()
-        if launch.is_needed:
+        if launch.is_needed and plans:
             session.check_machine(plans)  # without a launcher, `Session.train` does
+            flags = _with_fitted(flags, plans)
     if not plans:
         if launch.rendezvous:
-            notify(launch.rendezvous, "its run is complete")
+            tell_complete(launch.rendezvous)
         return 0
     first = next(iter(plans.values()))
     if launch.is_needed:
-        return launching.launch(_with_fitted(flags, plans), launch, first.machine.device)
+        return launching.launch(flags, launch, first.machine.device)
 
     def announce(stage: str | None, plan: "RunPlan") -> None:
         if plan is not first:

@@ -64,7 +64,7 @@ class Session:
     """The runs of one command: a run, or one for each stage.
 
     `world_size`: the number of processes that train together, of which this is one. `engine`: what distributes a step
-    over them.
+    over them. `is_first`: this is the first of them or starts it, and so looks at the places that the run is copied to.
     """
 
     def __init__(
@@ -73,10 +73,11 @@ class Session:
         reporter: Reporter | None = None,
         world_size: int = 1,
         engine: EngineChoice = REPLICATED,
+        is_first: bool = True,
     ) -> None:
         self.stages = [with_values_of_launcher(stage, engine.stated) for stage in stages]
         self.reporter: Reporter = reporter or SilentReporter()
-        self.world_size, self.engine = world_size, engine
+        self.world_size, self.engine, self.is_first = world_size, engine, is_first
 
     @classmethod
     def of(cls, reporter: Reporter | None = None, **parameters: Any) -> "Session":
@@ -115,7 +116,8 @@ class Session:
                 else:
                     faults[resolved.stage] = error.problems
             if not without_files and resolved.stage not in completed:
-                faults[resolved.stage] = [*faults.get(resolved.stage, ()), *_unreachable(resolved)]
+                unreachable = _unreachable(resolved) if self.is_first else ()
+                faults[resolved.stage] = [*faults.get(resolved.stage, ()), *unreachable]
         raise_if_any(
             missing_in_one(_name_stages({resolved.stage: faults.get(resolved.stage, ()) for resolved in self.stages}))
         )
@@ -157,7 +159,7 @@ class Session:
             download_missing(wanted, base, plan, self.reporter, messages or self.reporter, show)
 
     def check_machine(self, plans: Plans) -> None:
-        """Look at what a run needs besides its files, and create the repositories that it uploads to.
+        """Look at what a run needs besides its files; the first process creates the repositories that it uploads to.
 
         Raises:
             FaultsFound: if the states of a run do not fit the disk of its output folder, what waits in host memory does
@@ -170,7 +172,7 @@ class Session:
         if plans:
             found = {stage: [*state_problems(plan), *host_problems(plan)] for stage, plan in plans.items()}
             raise_if_any(_name_stages(found))
-            if os.environ.get("RANK", "0") == "0":
+            if self.is_first:
                 raise_if_any(_name_stages({stage: create_repository(plan.parameters) for stage, plan in plans.items()}))
 
     def train(
@@ -285,11 +287,11 @@ def _launch_problems(resolved: Resolved) -> list[Problem]:
 
 
 def _unreachable(resolved: Resolved) -> list[Problem]:
-    """The problems of other places that the run is copied to; the first of its processes looks for them."""
+    """The problems of other places that the run is copied to."""
     from diffsynth_core.planning.mirror import unreachable_mirror
     from diffsynth_core.planning.uploads import refused_account
 
-    if resolved.parameters.rehearse or os.environ.get("RANK", "0") != "0":
+    if resolved.parameters.rehearse:
         return []
     return [*unreachable_mirror(resolved.parameters), *refused_account(resolved.parameters)]
 

@@ -91,16 +91,20 @@ STEPS = ("--dataset_repeat", "4", "--save_steps", "2")
 
 def test_two_machines_train_one_run_and_only_the_first_needs_its_states(machines, tmp_path, tiny_models, photographs):
     two = machines(False)
-    errors = two.train(*STEPS, "--max_steps", "2")
+    mirror = ("--mirror", str(tmp_path / "copy"))
+    errors = two.train(*STEPS, "--max_steps", "2", *mirror)
     assert "The machines do not share" in errors[0] and "each encodes all" in errors[0]
     assert not two.output(1).exists(), "the first machine saves"
     cached = [len(list((tmp_path / f"machine-{rank}" / "cache").rglob("*.safetensors"))) for rank in range(2)]
     assert cached[0] == cached[1] > 0
-    two.train(*STEPS, "--max_steps", "4", "--resume", "auto")  # the second machine is sent step and state
+    flags = (*STEPS, "--max_steps", "4", "--resume", "auto")
+    two.train(*flags, *mirror)  # the second machine is sent step and state, and has no record of the run
     whole = load_file(two.output(0) / "step-4.safetensors")
     alone = trained_here(tmp_path, tiny_models, photographs, *STEPS, "--max_steps", "4")
     assert whole.keys() == alone.keys()
     assert max(float((whole[name] - alone[name]).abs().max()) for name in whole) < 1e-6
+    errors = two.train(*flags)
+    assert all("Nothing left to do" in text for text in errors), "a loop that restarts all machines ends on all"
 
 
 def test_a_killed_process_ends_both_machines(machines):

@@ -11,7 +11,8 @@ from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.errors import Ending
 from diffsynth_cli.launching import Launch
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.config.resolve import resolve_stages
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
 from diffsynth_core.session import Session
 from tests.naming import names
 
@@ -96,6 +97,26 @@ def test_several_machines_each_start_their_share(home):
     assert replace(asked_for(num_processes=8, machine_rank=1), config=None) == launch, "flags take precedence"
 
 
+def test_only_the_first_machine_looks_at_the_mirror(photographs, tiny_models, tmp_path, monkeypatch):
+    """Another one has no record of the run without a shared output folder, so the mirror would be another's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_models))
+    write(tmp_path / "copy" / ".mirror.json", '{"run": "of machine 0", "files": {}}')
+    stages = resolve_stages(
+        {"recipe": "qwen-image-lora", "dataset_base_path": photographs, "device": "cpu", "mirror": "copy"}
+    )
+    for rank in range(2):
+        launch = asked_for(num_processes=2, num_machines=2, machine_rank=rank, **MEETING)
+        session = Session(stages, world_size=2, is_first=launch.is_first)
+        if rank:
+            assert session.plan()
+        else:
+            with pytest.raises(FaultsFound, match="another run"):
+                session.plan()
+    monkeypatch.setenv("RANK", "1")
+    assert not Launch(processes=2).is_first, "nor does another process of the first machine"
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
@@ -118,7 +139,7 @@ def test_machines_that_would_not_find_each_other_are_refused(says, changed, prob
 def test_a_configuration_is_launched_with_even_for_one_process(monkeypatch, number, config, launched):
     started, launch = [], asked_for(num_processes=number, accelerate_config=config)
     task = SimpleNamespace(trains=False)
-    plan = SimpleNamespace(parameters=None, task=task, machine=SimpleNamespace(device="cpu"), fitted=())
+    plan = SimpleNamespace(parameters=Parameters(), task=task, machine=SimpleNamespace(device="cpu"), fitted=())
     session = Session((), world_size=number)
     monkeypatch.setattr(session, "plan", lambda: {None: plan})
     monkeypatch.setattr(launching, "launch", lambda flags, *given: started.append(given) or 0)
