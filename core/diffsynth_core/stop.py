@@ -38,11 +38,7 @@ class StopRequest:
             Interrupted: if a stop was requested.
         """
         if self.signal_number is not None:
-            raise Interrupted(
-                self.signal_number,
-                "interrupted before the first step; finished encodings are kept",
-                "rerun the command to continue",
-            )
+            raise interrupted_before_first_step(self.signal_number)
 
     def limit_time(self, seconds: float) -> None:
         """Let the time be over so long from now."""
@@ -66,6 +62,15 @@ class StopRequest:
         """
         if self.seconds_left < 0:
             raise out_of_time_before_first_step()
+
+
+def interrupted_before_first_step(signal_number: int) -> Interrupted:
+    """The error of a process that this signal, to it or another one of the run, has reached before the first step."""
+    return Interrupted(
+        signal_number,
+        "interrupted before the first step; finished encodings are kept",
+        "rerun the command to continue",
+    )
 
 
 def out_of_time_before_first_step() -> OutOfTime:

@@ -1,7 +1,9 @@
 """Images drawn while a run goes on: those that its checkpoints draw, and without an effect on training."""
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,18 @@ from safetensors.torch import load_file
 
 from diffsynth_core.checkpoints.run_folder import PreviewImage, PreviewList, read_previews
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.errors import Interrupted
+from diffsynth_core.errors import Interrupted, OutOfTime
+from diffsynth_core.generation.encoding import EncodedJob
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
+from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.loop import train as train_plan
 from diffsynth_core.training.model import TrainingModule
-from diffsynth_core.training.observers import Observer
+from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.pace import Pace
+from diffsynth_core.training.previews import encode_previews
 
 RUN = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank", "2", "--device", "cpu", "--seed", 5)
 SHORT = ("--max_steps", 3, "--learning_rate", 0.05, "--save_steps", 2, "--dataset_repeat", 9)
@@ -149,10 +156,10 @@ class Follower(Observer):
             self._stop.signal_number = 15
 
 
-def planned(photographs: Path, **flags: Any) -> Any:
+def planned(photographs: Path, world_size: int = 1, **flags: Any) -> Any:
     values = {"recipe": "qwen-image-lora", "dataset_base_path": photographs, "device": "cpu", "dataset_num_workers": 0}
     values |= {"max_steps": 3, "preview_prompts": "a cat", "preview_every": 1, "preview_steps": 1, "output_path": "out"}
-    return make_plan(resolve(values | flags), SilentReporter())
+    return make_plan(resolve(values | flags), SilentReporter(), world_size)
 
 
 def test_a_run_that_is_to_stop_draws_when_it_is_resumed(cli, photographs):
@@ -164,6 +171,71 @@ def test_a_run_that_is_to_stop_draws_when_it_is_resumed(cli, photographs):
     follower = Follower(StopRequest(), 9)
     train_plan(planned(photographs, resume="auto"), SilentReporter(), StopRequest(), observers=[follower])
     assert [step for _, step in follower.seen] == [2, 3]
+
+
+def test_a_run_that_is_to_stop_in_its_last_step_is_complete_without_its_last_previews(cli, photographs):
+    stop = StopRequest()
+    follower = Follower(stop, 1)
+    ended = train_plan(planned(photographs, max_steps=2), SilentReporter(), stop, observers=[follower])
+    assert (ended.record.status, [step for _, step in follower.seen]) == ("completed", [0, 1])
+
+
+def test_previews_after_the_last_step_are_drawn_though_time_allows_no_other_step(cli, photographs, monkeypatch):
+    monkeypatch.setattr(Pace, "allows_another", lambda *_: False)
+    stop, follower = StopRequest(), Follower(StopRequest(), 9)
+    stop.limit_time(600)
+    ended = train_plan(planned(photographs, max_steps=1), SilentReporter(), stop, observers=[follower])
+    assert (ended.record.status, [step for _, step in follower.seen]) == ("completed", [0, 1])
+
+
+class LimitAfter(Observer):
+    """Leaves so little time after a step."""
+
+    def __init__(self, stop: StopRequest, step: int, seconds: float) -> None:
+        self._stop, self._step, self._seconds = stop, step, seconds
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == self._step:
+            self._stop.limit_time(self._seconds)
+
+
+def test_the_first_drawing_of_a_resumed_run_leaves_time_for_a_save(cli, photographs):
+    """Nothing was drawn before that would say how long it takes: with these steps, far longer than the time left."""
+    train_plan(planned(photographs, max_steps=1), SilentReporter(), StopRequest())
+    stop, follower = StopRequest(), Follower(StopRequest(), 9)
+    plan = planned(photographs, max_steps=5, preview_steps=1000, resume="auto")
+    with pytest.raises(OutOfTime, match="after step 3 of 5"):
+        train_plan(plan, SilentReporter(), stop, observers=[follower, LimitAfter(stop, 2, seconds=5)])
+    assert not follower.seen, "it was not drawn to the end"
+
+
+def two_processes(rank: int, folder: Path, photographs: Path, models: Path, port: int) -> None:
+    """One of two processes: another is asked to stop while it encodes, and this one cannot read what it draws."""
+    rendezvous = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in rendezvous.items()}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "DIFFSYNTH_MODEL_BASE_PATH": str(models)}
+    os.chdir(folder)
+    plan = planned(photographs, world_size=2, max_steps=1, cache_path="cache")
+    stop, reporter = StopRequest(), Warned()
+    stop.signal_number = None if rank else 15
+    with pytest.raises(Interrupted):
+        encode_previews(plan, load_family(plan.model.facts.name), make_accelerator(plan), reporter, stop)
+    if rank:
+        EncodedJob.read = None  # type: ignore[assignment, method-assign]
+    ended = train_plan(plan, reporter, StopRequest())
+    assert (ended.record.status, rank or [text for text in reporter.warnings if "previews" in text]) == (
+        "completed",
+        rank or ["no previews after step 0: another process cannot begin to draw; the run continues without previews"],
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_are_interrupted_and_give_up_together(tmp_path, photographs, tiny_models):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes, (tmp_path, photographs, tiny_models, port), nprocs=2)
 
 
 class Warned(SilentReporter):

@@ -396,7 +396,9 @@ class Run:
                     if out_of_time:
                         raise self._out_of_time()
                     return
-                if not stopping:  # after the saves, so that a run that ends here draws them when it is resumed
+                # After the saves, so that a run that ends here draws them when it is resumed. One that is asked to stop
+                # in its last step is complete without those of that step.
+                if not asked_to_stop:
                     self._draw_previews(stop)
 
     def _validate(self) -> None:
@@ -411,21 +413,37 @@ class Run:
             observer.on_validation(report)
 
     def _draw_previews(self, stop: StopRequest) -> None:
-        """Draw the previews, if that is due after the steps done."""
+        """Draw the previews, if that is due after the steps done, and as long as the run can end in time afterwards.
+
+        Another step follows a drawing, because whether to stop is decided during a step.
+        """
         if not preview_is_due(self.plan, self.done):
             return
+        another_step = self.done < self.plan.data.steps.total_steps
+        to_end = self.pace.seconds_to_end(another_step, validates=validation_is_due(self.plan, self.done + 1))
+        if self._lacks_time(stop, to_end + self.pace.drawing_seconds):
+            return
+
+        def must_end() -> bool:  # the first drawing may take longer than the time allows: its seconds are not known
+            return bool(stop) or (self.accelerator.is_main_process and stop.seconds_left < to_end)
+
         with self.pace.drawing():
-            folder = self.previews.draw(self.done, stop)
+            folder = self.previews.draw(self.done, must_end)
         if folder:
             for observer in self.observers:
                 observer.on_preview(folder, self.done)
 
     def _check_time(self, stop: StopRequest) -> None:
         """Stop before the first step if encoding and loading left too little time even for a save after it."""
-        if stop.limits_time and self.done < self.plan.data.steps.total_steps:
-            late = self.accelerator.is_main_process and stop.seconds_left < self.pace.save_seconds
-            if self.engine.sum_over_processes(torch.tensor(float(late), device=self.accelerator.device)) > 0:
-                raise self._out_of_time()
+        if self.done < self.plan.data.steps.total_steps and self._lacks_time(stop, self.pace.save_seconds):
+            raise self._out_of_time()
+
+    def _lacks_time(self, stop: StopRequest, seconds: float) -> bool:
+        """Return whether fewer seconds are left; the main process decides for all."""
+        if not stop.limits_time:
+            return False
+        late = self.accelerator.is_main_process and stop.seconds_left < seconds
+        return bool(self.engine.sum_over_processes(torch.tensor(float(late), device=self.accelerator.device)) > 0)
 
     def _out_of_time(self) -> OutOfTime:
         if not self.done:

@@ -79,6 +79,14 @@ class Pace:
         yield
         self.drawing_seconds = max(self.drawing_seconds, time.monotonic() - begun)
 
+    def seconds_to_end(self, another_step: bool, validates: bool) -> float:
+        """How long the run takes to end between two steps, after another one that is saved and perhaps validates.
+
+        One more of the slowest is to spare. After the last step, when all is saved, only an update is left.
+        """
+        step = 2 * self.slowest_step + self.save_seconds + validates * self.validation_seconds
+        return another_step * step + self.update_seconds
+
     def allows_another(self, seconds_left: float, saves: int, validations: int = 0, drawings: int = 0) -> bool:
         """Return, during a step, whether the next one can end and be saved in time as well.
 

@@ -1,6 +1,7 @@
 """Previews: images of fixed prompts, drawn from fixed noise with the weights in training, or with their averages."""
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffsynth_core.checkpoints.run_folder import PREVIEWS, PreviewImage, PreviewList, preview_folder
+from diffsynth_core.errors import Interrupted
 from diffsynth_core.files import TEMPORARY_SUFFIX
 from diffsynth_core.generation.encoding import EncodedJob, encode_jobs
 from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.generation.outputs import FileFacts, details, parameter_text, save_pixels
-from diffsynth_core.generation.sampling import as_uint8, batch_of, decode_pixels, start_sampler
+from diffsynth_core.generation.sampling import Sampler, as_uint8, batch_of, decode_pixels, start_sampler
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.loading import free_device_memory, load_planned
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter
-from diffsynth_core.stop import StopRequest
+from diffsynth_core.stop import StopRequest, interrupted_before_first_step
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.model import SamplingStep, TrainingModule
 
@@ -43,16 +45,34 @@ def encode_previews(
 
     Raises:
         DiffSynthError: if an image cannot be read, or an encoding contains NaN or Inf.
-        Interrupted: if a stop is requested; finished encodings are kept.
+        Interrupted: in all processes, if a stop of one of them is requested; finished encodings are kept.
     """
+    encoded: list[EncodedJob] = []
     if not plan.previews:
-        return []
-    with accelerator.local_main_process_first():
-        return encode_jobs(generation_plan(plan, accelerator), family, reporter, stop)
+        return encoded
+    interrupted = torch.zeros((), device=accelerator.device)
+    for encodes in (True, False):
+        if accelerator.is_local_main_process == encodes:
+            try:
+                encoded = encode_jobs(generation_plan(plan, accelerator), family, reporter, stop)
+            except Interrupted:
+                interrupted += 1
+        # Not the barriers of accelerate, which a process that is interrupted would not reach.
+        if accelerator.reduce(interrupted, "sum") > 0:
+            raise interrupted_before_first_step(stop.signal_number or signal.SIGTERM)
+    return encoded
+
+
+class NotPrepared(Exception):
+    """What a process needs to draw cannot be read or built; raised in all of them, before any of them samples."""
 
 
 class Previews:
-    """Draws the previews of a run; all processes call it together. Whatever fails here never ends the run."""
+    """Draws the previews of a run; all processes call it together.
+
+    What fails here does not end the run, but for one thing: if sampling fails in one of several processes, the others
+    wait for it in the midst of a step of the model, so the error is raised.
+    """
 
     def __init__(
         self,
@@ -73,24 +93,29 @@ class Previews:
         self._engine, self._accelerator, self._reporter = engine, accelerator, reporter
         self._gave_up = False
 
-    def draw(self, step: int, stop: StopRequest) -> Path | None:
+    def draw(self, step: int, must_end: Callable[[], bool]) -> Path | None:
         """Draw all previews after `step` steps.
 
+        Args:
+            must_end: whether this process has to end the run; asked after each sampling step, and before decoding.
+
         Returns:
-            The folder with their files, in the main process; None in the others, or if a process was asked to stop
+            The folder with their files, in the main process; None in the others, or if a process had to end the run
             meanwhile, or if this has failed.
+
+        Raises:
+            Exception: whatever fails in the steps of sampling, with several processes.
         """
         if self._gave_up:
             return None
         latents, folder, failure = None, None, ""
         try:
             with self._engine.averaged() if self._of_averages else nullcontext():
-                latents = self._sample(stop)
-            if latents is not None and self._accelerator.is_main_process:
+                latents = self._sample(must_end)
+            if latents is not None and self._accelerator.is_main_process and not must_end():
                 folder = self._write(step, latents)
         except Exception as error:
-            # What fails in sampling fails in all processes or leaves the others waiting; files are those of one.
-            if self._world_size > 1 and latents is None:
+            if self._world_size > 1 and latents is None and not isinstance(error, NotPrepared):
                 raise
             failure = " ".join(str(error).split()) or type(error).__name__
         del latents
@@ -104,8 +129,8 @@ class Previews:
         """Return whether something is true in any process."""
         return bool(self._engine.sum_over_processes(torch.tensor(float(own), device=self._accelerator.device)) > 0)
 
-    def _sample(self, stop: StopRequest) -> list[Tensor] | None:
-        """Return the latents of each job, `[1, C, F, h, w]` on the host; None if any process was asked to stop.
+    def _sample(self, must_end: Callable[[], bool]) -> list[Tensor] | None:
+        """Return the latents of each job, `[1, C, F, h, w]` on the host; None if any process has to end the run.
 
         Each process samples other jobs, of which all have the same steps and shapes; where none is left, the first of
         the round stands in for one.
@@ -114,7 +139,7 @@ class Previews:
         found: list[Tensor] = []
         for start in range(0, len(jobs), self._world_size):
             counts = start + process < len(jobs)
-            latents = self._sample_one(start + process if counts else start, stop)
+            latents = self._sample_one(start + process if counts else start, must_end)
             if latents is None:
                 return None
             of_round = torch.zeros(self._world_size, *latents.shape, device=latents.device)
@@ -124,7 +149,29 @@ class Previews:
             found += of_round[: len(jobs) - start]
         return found
 
-    def _sample_one(self, number: int, stop: StopRequest) -> Tensor | None:
+    def _sample_one(self, number: int, must_end: Callable[[], bool]) -> Tensor | None:
+        """Return the latents of a job, `[1, C, F, h, w]`; None if any process has to end the run.
+
+        Raises:
+            NotPrepared: in all processes, if one of them cannot begin.
+        """
+        prepared, failure = None, None
+        try:
+            prepared = self._prepare(number)
+        except Exception as error:
+            failure = error
+        if self._any(failure is not None) or prepared is None:
+            reason = " ".join(str(failure).split()) or type(failure).__name__
+            raise NotPrepared(reason if failure else "another process cannot begin to draw") from failure
+        sampler, steps = prepared
+        with self._eager():
+            for _ in steps:
+                if self._any(must_end()):
+                    return None
+        return sampler.latents
+
+    def _prepare(self, number: int) -> tuple[Sampler, Iterator[None]]:
+        """Return the sampler of a job, and its steps, none of which has been taken."""
         job, model, device = self._plan.jobs[number], self._plan.model, self._accelerator.device
         sampler = start_sampler(self._family, model.variant, self._denoiser, job, device)
         positive, negative = self._encoded[number].read(self._family)
@@ -134,11 +181,7 @@ class Previews:
             batch_of(self._family, negative, job, device) if negative else None,
             job.cfg_scale,
         )
-        with self._eager():
-            for _ in steps:
-                if self._any(bool(stop)):
-                    return None
-        return sampler.latents
+        return sampler, steps
 
     def _predict(self, noisy: Tensor, sigma: Tensor, batches: Sequence[Encoded]) -> list[Tensor]:
         return list(self._engine.evaluate(SamplingStep(noisy, sigma, tuple(batches))))

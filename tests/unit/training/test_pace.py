@@ -50,6 +50,15 @@ def test_the_slowest_save_replaces_what_was_assumed_of_its_kind(paced, clock):
     assert paced.save_seconds == 1 + 20
 
 
+def test_between_steps_another_one_with_one_to_spare_a_validation_and_a_save_lead_to_the_end(paced, clock):
+    with paced.validating():
+        clock.now += 4
+    paced.update_seconds = 3
+    assert paced.seconds_to_end(another_step=True, validates=True) == 2 * 5 + 4 + 8 + 3
+    assert paced.seconds_to_end(another_step=True, validates=False) == 2 * 5 + 8 + 3
+    assert paced.seconds_to_end(another_step=False, validates=True) == 3
+
+
 def test_a_save_that_fails_measures_nothing(paced, clock):
     with pytest.raises(OSError, match="full"), paced.writing_state():
         clock.now += 0.1
