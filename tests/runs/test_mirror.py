@@ -96,7 +96,7 @@ def test_an_outage_is_told_once_and_made_up_for(train, failing, monkeypatch):
 
     def on_step(observer, report):
         Failing.away = 3 <= report.step < 6
-        while report.step in (4, 7) and not observer._background.wait(60):
+        while report.step in (4, 7) and not observer.wait(60):
             pass
         real(observer, report)
 
@@ -142,7 +142,7 @@ def test_the_mirror_of_a_folder_that_goes_away_keeps_everything(cli, photographs
     there: dict[str, bytes] = {}
 
     def on_step(observer, report):
-        while report.step == 3 and not observer._background.wait(60):
+        while report.step == 3 and not observer.wait(60):
             pass
         if report.step == 3:
             there.update(files_of(Path("copy")))

@@ -96,8 +96,13 @@ class HuggingFace(Hub):
 
     def commit(self, repository: Repository, files: Mapping[str, Path | bytes], message: str) -> None:
         disable_progress_bars()  # they would be drawn over those of the run
-        additions = [CommitOperationAdd(path, content) for path, content in files.items()]
-        with self._writing(repository):
+        with ExitStack() as stack, self._writing(repository):
+            # Open, so that they are whole even if the run deletes them meanwhile.
+            opened = {
+                path: content if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
+                for path, content in files.items()
+            }
+            additions = [CommitOperationAdd(path, content) for path, content in opened.items()]
             self._api.create_commit(repository.name, additions, commit_message=message)
 
     def upload_command(self, repository: Repository, path: Path) -> str:

@@ -36,80 +36,73 @@ class Destination(Protocol):
 
 
 class Background:
-    """Updates destinations one after the other in a daemon thread.
+    """Updates a destination in a daemon thread.
 
-    At most one update of each is due: whatever is saved meanwhile, the next one brings it over.
+    At most one update is due: whatever is saved meanwhile, the next one brings it over.
 
     Attributes:
         slowest: seconds of the slowest update so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, destination: Destination) -> None:
+        self.destination = destination
         self.slowest = 0.0
-        self._due: dict[Destination, None] = {}
-        self._now: Destination | None = None
-        self._failed: dict[Destination, str] = {}
-        self._outages: deque[tuple[Destination, str | None]] = deque()
+        self._due = self._updating = self._failed = self._closed = False
+        self._outages: deque[str | None] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
 
-    def request(self, destination: Destination) -> None:
-        """Have a destination updated; returns at once."""
+    def request(self) -> None:
+        """Have the destination updated; returns at once."""
         with self._changed:
-            self._due[destination] = None
+            self._due = True
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="background updates", daemon=True)
                 self._thread.start()
 
-    def outages(self) -> list[tuple[Destination, str | None]]:
-        """Return the destinations whose updates have begun to fail since the last call, with the reason, or work again
-        (None).
+    def outages(self) -> list[str | None]:
+        """Return, for each time that updates have begun to fail since the last call, the reason; None where they have
+        worked again.
         """
         return [self._outages.popleft() for _ in range(len(self._outages))]
 
     def wait(self, seconds: float) -> bool:
         """Wait until nothing is due, at most so long; return whether that is so."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._due and self._now is None, seconds)
+            return self._changed.wait_for(lambda: not (self._due or self._updating), seconds)
 
-    def unfinished(self, destination: Destination) -> bool:
-        """Return whether a destination lacks something, because an update is due or the last one failed."""
+    @property
+    def unfinished(self) -> bool:
+        """Whether the destination lacks something, because an update is due or the last one failed."""
         with self._changed:
-            return destination in self._due or destination is self._now or destination in self._failed
+            return self._due or self._updating or self._failed
 
     def close(self) -> None:
         """End the thread, after the update that it may be at."""
         with self._changed:
-            self._due.clear()
-            self._closed = True
+            self._due, self._closed = False, True
             self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._due) or self._closed)
+                self._changed.wait_for(lambda: self._due or self._closed)
                 if self._closed:
                     return
-                self._now = destination = next(iter(self._due))
-                del self._due[destination]
-            reason = self._update(destination)
+                self._due, self._updating = False, True
+            reason = self._update()
             with self._changed:
-                if (reason is None) == (destination in self._failed):
-                    self._outages.append((destination, reason))
-                if reason is None:
-                    self._failed.pop(destination, None)
-                else:
-                    self._failed[destination] = reason
-                self._now = None
+                if (reason is not None) != self._failed:
+                    self._outages.append(reason)
+                self._failed, self._updating = reason is not None, False
                 self._changed.notify_all()
 
-    def _update(self, destination: Destination) -> str | None:
+    def _update(self) -> str | None:
         """Return why an update failed; None if it has not."""
         begun = time.monotonic()
         try:
-            destination.update()
+            self.destination.update()
         except Exception as error:  # whatever a file system or a hub raises: none may end a run
             return " ".join(str(error).split()) or type(error).__name__
         self.slowest = max(self.slowest, time.monotonic() - begun)
@@ -119,7 +112,8 @@ class Background:
 class BackgroundObserver(Observer):
     """Has destinations updated after each save, and waits for them at the end of the run.
 
-    One that fails is reported once, and tried again with the next save.
+    Each has a thread of its own: one that hangs delays no other. One that fails is reported once, and tried again with
+    the next save.
     """
 
     def __init__(
@@ -131,33 +125,37 @@ class BackgroundObserver(Observer):
         stop: StopRequest,
         is_alone: Callable[[], bool],
     ) -> None:
-        """Begin with those in `after_saves`, which are updated after whatever is saved.
+        """Those in `after_saves` are updated after whatever is saved, and after the first step: not before it, as the
+        processes that read data, which are forked for it, would inherit open files and connections.
 
         Args:
             is_alone: whether other processes of the run may have ended, at its end.
         """
-        self._after_saves, self._after_checkpoints = after_saves, after_checkpoints
+        self._after_saves = [Background(destination) for destination in after_saves]
+        self._after_checkpoints = [Background(destination) for destination in after_checkpoints]
+        self._all = [*self._after_checkpoints, *self._after_saves]
         self._reporter, self._pace, self._stop, self._is_alone = reporter, pace, stop, is_alone
-        self._background = Background()
-        self._request(after_saves)
+        self._begun = False
 
     def on_step(self, report: object) -> None:
+        if not self._begun:
+            self._begun = True
+            _request(self._after_saves)
         self._tell()
-        self._pace.update_seconds = self._background.slowest
+        self._pace.update_seconds = self._slowest
 
     def on_save(self, path: Path, step: int) -> None:
-        self._request([*self._after_checkpoints, *self._after_saves])
+        _request(self._all)
 
     def on_state(self, path: Path, step: int) -> None:
-        self._request(self._after_saves)
+        _request(self._after_saves)
 
     def on_preview(self, folder: Path, step: int) -> None:
-        self._request(self._after_saves)
+        _request(self._after_saves)
 
     def on_end(self) -> None:
-        destinations = [*self._after_checkpoints, *self._after_saves]
-        self._request(destinations)
-        seconds = max(WAIT_SECONDS, 2 * self._background.slowest)
+        _request(self._all)
+        seconds = max(WAIT_SECONDS, 2 * self._slowest)
         if self._stop.limits_time:
             seconds = min(seconds, max(self._stop.seconds_left, 0.0))
         if self._is_alone():
@@ -165,24 +163,35 @@ class BackgroundObserver(Observer):
         if self._stop.at_once:
             seconds = min(seconds, WAIT_SECONDS_AT_ONCE)
         silent = min(seconds, 1.0)
-        if not self._background.wait(silent) and seconds > silent:
-            titles = " and ".join(destination.title for destination in destinations)
+        if not self.wait(silent) and seconds > silent:
+            titles = " and ".join(each.destination.title for each in self._all)
             self._reporter.info(f"Waiting for {titles}, at most {format_duration(seconds)}")
-            self._background.wait(seconds - silent)
+            self.wait(seconds - silent)
         self._tell()
-        for destination in destinations:
-            if self._background.unfinished(destination):
-                self._reporter.warn(f"{destination.title} lacks what was saved last; {destination.by_hand}")
-        self._background.close()
+        for each in self._all:
+            if each.unfinished:
+                self._reporter.warn(f"{each.destination.title} lacks what was saved last; {each.destination.by_hand}")
+            each.close()
 
-    def _request(self, destinations: list[Destination]) -> None:
-        for destination in destinations:
-            self._background.request(destination)
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing is due, at most so long; return whether that is so."""
+        end = time.monotonic() + seconds
+        return all(each.wait(max(end - time.monotonic(), 0.0)) for each in self._all)
+
+    @property
+    def _slowest(self) -> float:
+        return max(each.slowest for each in self._all)
 
     def _tell(self) -> None:
-        for destination, reason in self._background.outages():
-            if reason is None:
-                self._reporter.info(f"Updated {destination.title} after an outage")
-            else:
-                what = f"{destination.title} cannot be updated: {reason}"
-                self._reporter.warn(f"{what}; the run continues, and tries again with the next save")
+        for each in self._all:
+            for reason in each.outages():
+                if reason is None:
+                    self._reporter.info(f"Updated {each.destination.title} after an outage")
+                else:
+                    what = f"{each.destination.title} cannot be updated: {reason}"
+                    self._reporter.warn(f"{what}; the run continues, and tries again with the next save")
+
+
+def _request(destinations: list[Background]) -> None:
+    for each in destinations:
+        each.request()

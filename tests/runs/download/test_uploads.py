@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
 from diffsynth_core.training import background
 from tests.conftest import MODEL_ID
@@ -101,7 +102,7 @@ def test_a_hub_that_fails_ends_no_run_and_gets_the_next_checkpoint(train, hub, m
 
     def on_step(observer, report):
         hub.refusals = {f"models/{REPOSITORY}": 403} if report.step <= 4 else {}
-        while report.step in (3, 5) and not observer._background.wait(60):
+        while report.step in (3, 5) and not observer.wait(60):
             pass
         real(observer, report)
 
@@ -112,6 +113,22 @@ def test_a_hub_that_fails_ends_no_run_and_gets_the_next_checkpoint(train, hub, m
     assert re.search(rf"Updated `{REPOSITORY}` on (ModelScope|Hugging Face) after an outage", said)
     files = hub.repositories[f"models/{REPOSITORY}"]
     assert files.keys() == {"README.md", "step-2.safetensors", "step-4.safetensors", "step-6.safetensors"}
+
+
+@pytest.mark.parametrize("source", ["huggingface"], indirect=True)
+def test_a_checkpoint_that_the_run_deletes_while_it_is_sent_arrives_whole(train, hub, monkeypatch):
+    real = HfApi.create_commit
+
+    def create_commit(*given, **named):
+        for path in Path("out").glob("*.safetensors"):
+            path.unlink()
+        return real(*given, **named)
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    code, said = train("--max_steps", 2)
+    assert code == 0, said
+    [entry] = json.loads(Path("out/run.json").read_text())["checkpoints"]
+    assert sha256(hub.repositories[f"models/{REPOSITORY}"]["step-2.safetensors"]) == entry["sha256"]
 
 
 def test_what_is_left_to_upload_is_told(train, hub, source, monkeypatch):
