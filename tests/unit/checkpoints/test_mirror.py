@@ -1,6 +1,10 @@
 """A mirror is a copy of the run's folder that can be resumed from wherever copying breaks off."""
 
+import errno
+import ftplib
 import json
+import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -203,16 +207,24 @@ def test_what_makes_a_copy_complete_comes_last(tmp_path, breaking):
     assert breaking.moved[0] == LIST
 
 
-def test_a_state_that_the_run_deletes_while_it_is_copied_arrives_whole(tmp_path, breaking):
+def test_what_the_run_deletes_while_it_is_copied_arrives_whole(tmp_path, breaking):
+    """States, and checkpoints with `keep_checkpoints`."""
     run = tmp_path / "run"
+
+    def delete() -> None:
+        shutil.rmtree(run / "state")
+        (run / "step-2.safetensors").unlink()
+
     write_run(run, 2)
     expected = own_files(run)
     calls = iter(range(10**6))
-    breaking.on_write = lambda: shutil.rmtree(run / "state") if next(calls) == 1 else None  # after the list
+    breaking.on_write = lambda: delete() if next(calls) == 1 else None  # after the list
     Mirror("breaking://mirror").update(run, "a")
-    assert {name: content for name, content in contents("breaking://mirror").items() if name.startswith("state")} == {
-        name: content for name, content in expected.items() if name.startswith("state")
-    }
+    assert {
+        name: content
+        for name, content in contents("breaking://mirror").items()
+        if name.endswith((".safetensors", "state.json"))
+    } == {name: content for name, content in expected.items() if name.endswith((".safetensors", "state.json"))}
 
 
 def test_a_state_without_one_of_its_files_is_not_copied(tmp_path):
@@ -221,6 +233,91 @@ def test_a_state_without_one_of_its_files_is_not_copied(tmp_path):
     (tmp_path / "run/state/step-2/trained.safetensors").unlink()
     Mirror(str(tmp_path / "mirror")).update(tmp_path / "run", "a")
     assert [path.name for path in (tmp_path / "mirror/state").iterdir()] == ["step-4"]
+
+
+def test_many_checkpoints_are_not_open_at_once(tmp_path):
+    """As after a run was copied back, which changes the times of all files."""
+    run = tmp_path / "run"
+    write_run(run, 2, keep_checkpoints=None)
+    record = json.loads((run / "run.json").read_text())
+    for number in range(99):
+        record["checkpoints"].append({**record["checkpoints"][0], "file": f"epoch-{number}.safetensors"})
+        (run / f"epoch-{number}.safetensors").write_text(str(number))
+    (run / "run.json").write_text(json.dumps(record))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 50, limits[1]))
+    try:
+        Mirror(str(tmp_path / "copy")).update(run, "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert own_files(tmp_path / "copy") == own_files(run)
+
+
+class Closing(Breaking):
+    """A file system whose connection stays closed after a failure, as that of sftp does."""
+
+    protocol = "closing"
+    cachable = True
+    closed = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(str(path).removeprefix("closing://"))
+
+    def change(self) -> None:
+        if self.closed:
+            raise OSError("the socket is closed")
+        try:
+            super().change()
+        except ConnectionError:
+            self.closed = True
+            raise
+
+
+def test_a_connection_that_was_closed_is_opened_again(tmp_path, breaking):
+    fsspec.register_implementation("closing", Closing, clobber=True)
+    write_run(tmp_path / "run", 2)
+    mirror, Closing.left = Mirror("closing://mirror"), 3
+    with pytest.raises(ConnectionError):
+        mirror.update(tmp_path / "run", "a")
+    Closing.left = 10**9
+    mirror.update(tmp_path / "run", "a")
+    assert contents("closing://mirror") == own_files(tmp_path / "run")
+
+
+@pytest.fixture
+def refuse_taken(monkeypatch, breaking) -> Callable[[Exception], None]:
+    """Let a file system raise an error when a file is moved to a name that is taken."""
+    move = breaking.mv
+
+    def refuse(error: Exception) -> None:
+        def move_if_free(system, source, target, **kwargs):
+            if system.exists(target):
+                raise error
+            move(system, source, target, **kwargs)
+
+        monkeypatch.setattr(breaking, "mv", move_if_free)
+
+    return refuse
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EEXIST, "taken"), ftplib.error_perm("550")], ids=["smb", "ftp"])
+def test_a_file_system_that_renames_to_no_name_that_is_taken(tmp_path, refuse_taken, error):
+    refuse_taken(error)
+    mirror = Mirror("breaking://mirror")
+    mirror.check(None)
+    for steps in ((2,), (2, 4)):
+        write_run(tmp_path / "run", *steps)
+        mirror.update(tmp_path / "run", "a")
+    assert contents("breaking://mirror") == own_files(tmp_path / "run")
+
+
+def test_a_file_system_that_replaces_no_file_is_found_before_the_run(refuse_taken):
+    refuse_taken(PermissionError(errno.EPERM, "not allowed"))
+    with pytest.raises(PermissionError):
+        Mirror("breaking://mirror").check(None)
 
 
 def test_the_copy_of_another_run_is_left_alone(tmp_path):
