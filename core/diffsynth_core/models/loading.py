@@ -272,7 +272,8 @@ class _Filler:
         if layer := self._waiting.get(name):
             self._swap.fill(layer, packed)
             return
-        for leaf, tensor in packed.items():
+        # An engine may set them together with other processes, some of which read them where others have packed them.
+        for leaf, tensor in sorted(packed.items()):
             self._set(f"{name.removesuffix('weight')}{leaf}", tensor)
 
     def _set(self, name: str, tensor: Tensor) -> None:

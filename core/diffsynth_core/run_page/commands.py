@@ -1,7 +1,7 @@
 """The commands that go on from a run, as a shell takes them. No torch."""
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from diffsynth_core.run_page.facts import RunFacts
 
 SOURCES = ("recipe", "config", "only")
 """Parameters that say where the others come from."""
+OF_STAGE = {"output_path": "/", "mirror": "/", "push_to_hub": "-"}
+"""Parameters to which resolving adds the name of the stage -> what joins them."""
 COMMAND_STARTS = "diffsynth"
 TITLES = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
 """LoRA format -> the program that reads it."""
@@ -70,6 +72,12 @@ def resume_command(recorded: Mapping[str, Any], family: str, folder: Path) -> st
         sources, values = {}, {name: as_default(name, family) for name in SETTINGS}
     changed = {name: known[name] for name in _kept(known) if known[name] != values[name]}
     flags = sources | changed | {"output_path": str(folder), "resume": "auto"}
+    if stage := sources.get("only"):
+        flags |= {
+            name: value.removesuffix(f"{joint}{stage}")
+            for name, joint in OF_STAGE.items()
+            if (value := flags.get(name))
+        }
     return command_line(flags, f"{COMMAND_STARTS} train", overriding=True)
 
 
@@ -79,9 +87,12 @@ def as_default(name: str, family: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _kept(known: Iterable[str]) -> Iterable[str]:
-    """Return the parameters that belong to the run, and not to the command that started it."""
-    return (name for name in known if SETTINGS[name].in_recipes or SETTINGS[name].changes == "speed")
+def _kept(known: Iterable[str]) -> Iterator[str]:
+    """Return the parameters that belong to the run, and not to the command that started it: also where it is copied."""
+    for name in known:
+        setting = SETTINGS[name]
+        if setting.in_recipes or setting.changes == "speed" or setting.rehearsal == "unused":
+            yield name
 
 
 def _values_of(sources: Mapping[str, Any]) -> dict[str, Any] | None:

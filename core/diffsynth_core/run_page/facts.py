@@ -186,8 +186,10 @@ def _is_killed(folder: Path, record: RunRecord, written: float) -> bool:
         return False
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return True  # a run that goes on has one
+    except OSError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # held by the run, or unknown on a file system without locks

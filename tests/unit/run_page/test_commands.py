@@ -48,6 +48,15 @@ def test_a_run_resumes_with_its_parameters(tmp_path, with_recipe):
     assert _resolved(line)["output_path"] == str(folder) and _resolved(line)["resume"] == "auto"
 
 
+def test_a_stage_resumes_in_its_folder_and_is_copied_where_it_was(tmp_path):
+    """Resolving adds the name of the stage to its folder, mirror and repository."""
+    flags = {"recipe": "wan2.2-t2v-a14b-lora", "only": "high", "output_path": str(tmp_path / "out"), "hub_public": True,
+             "dataset_base_path": "clips", "mirror": "s3://bucket/out", "push_to_hub": "me/wan"}  # fmt: skip
+    recorded = as_plain(resolve(flags).parameters)
+    assert recorded["output_path"] == str(tmp_path / "out/high") and recorded["mirror"] == "s3://bucket/out/high"
+    assert _resolved(resume_command(recorded, "wan", tmp_path / "out/high")) == recorded | {"resume": "auto"}
+
+
 def test_what_belongs_to_the_command_and_not_to_the_run_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run", 4, 9, profile=3, fit=True, max_time="3h")
     line = resume_command(read_run(folder).record.parameters, "qwen-image", folder)
