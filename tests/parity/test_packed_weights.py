@@ -1,5 +1,6 @@
 """Quantized weights are packed once: the next start reads them to the bit, and packs again only what is damaged."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.models import loading, packed_weights
 from diffsynth_core.models.packed_weights import PackedWeights
 from diffsynth_core.models.weight_store import FormatStore
-from diffsynth_core.planning.disk import packed_bytes
+from diffsynth_core.planning.disk import disk_use, packed_bytes
+from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from tests.parity.float8_runs import Step, plan_step
 
@@ -124,6 +127,17 @@ def test_without_room_on_the_disk_they_are_packed_each_time(start, packed, tmp_p
     fresh, count = start("int8"), len(packed)
     check_equal(start("int8"), fresh)
     assert len(packed) == 2 * count and not entries(tmp_path)
+
+
+def test_no_room_is_left_for_encodings_that_are_written_before(start, packed, tmp_path, monkeypatch):
+    plan = plan_step("qwen-image", tmp_path, ("dit",), "int8")
+    run = find_workload(plan)
+    use = disk_use(plan, memory_config(plan, run.largest), run.encoded)
+    assert use.cache > 1000
+    largest = max(math.prod(shape) for shape in plan.model.shapes["dit"].values()) + 1000
+    monkeypatch.setattr(packed_weights, "free_bytes", lambda folder: use.written + largest)
+    start("int8")
+    assert len(entries(tmp_path)) == len(packed)
 
 
 def test_that_there_is_no_room_is_told_once(tmp_path, monkeypatch):

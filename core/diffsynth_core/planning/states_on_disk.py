@@ -22,7 +22,7 @@ def state_problems(plan: RunPlan, free: int | None = None) -> list[Problem]:
     if not plan.task.trains:
         return []
     folder, keep, state = plan.parameters.output_path, plan.parameters.keep_states, state_bytes(plan)
-    available = (free_bytes(folder) if free is None else free) + _bytes_of_states(folder)
+    available = (free_bytes(folder) if free is None else free) + bytes_of_states(folder)
     needed = _needed(plan, keep)
     if needed <= available:
         return []
@@ -43,6 +43,6 @@ def _needed(plan: RunPlan, keep: int) -> int:
     return most_states(plan, keep) * state_bytes(plan) + checkpoint_bytes(plan)
 
 
-def _bytes_of_states(folder: Path) -> int:
+def bytes_of_states(folder: Path) -> int:
     """Return the bytes of existing states, which new ones replace."""
     return sum(path.stat().st_size for state in state_folders(folder) for path in state.iterdir() if path.is_file())
