@@ -235,7 +235,7 @@ def test_images_that_an_editing_model_cannot_read(cli, edit_models, refuse, imag
         (names("row 2", "edit_image", tmp_path / "torn.png"), names("another image")),
         (names("row 3", "edit_image"), names("--edit_image", "--extra_inputs")),
         (names("row 4", "edit_image", tmp_path / "gone.png"), names("path")),
-        (names("row 5", "kontext_images", "Qwen-Image-Edit"), names("--edit_image")),
+        (names("row 5", "kontext_images", "Qwen-Image-Edit"), names("edit_image")),
     )
 
 
