@@ -54,12 +54,12 @@ def test_of_a_component_without_such_layers_nothing_is_kept_so(train):
 def test_encodings_of_rounded_encoders_are_not_taken_for_others(train, tmp_path):
     """8-bit storage of the transformer, or of a VAE without suitable layers, encodes nothing again."""
     assert train("wide").code == 0
-    count = len(list((tmp_path / "cache").rglob("*.safetensors")))
+    count = len(list((tmp_path / "cache" / "encodings").rglob("*.safetensors")))
     same = train("dit", "--fp8_models", f"{ENTRIES['dit']},{ENTRIES['vae']}")
     assert same.code == 0 and "Loading text_encoder" not in same.err and "Loading vae" not in same.err
     other = train("text", *NARROW)
     assert other.code == 0 and "Loading text_encoder" in other.err and "Loading vae" not in other.err
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == count + 4
+    assert len(list((tmp_path / "cache" / "encodings").rglob("*.safetensors"))) == count + 4
 
 
 def test_a_resumed_run_keeps_the_same_components_so(train, tmp_path):
