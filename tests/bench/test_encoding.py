@@ -64,8 +64,8 @@ def seconds_to_fill(plan: RunPlan, encoder: str) -> float:
 
 
 @pytest.mark.usefixtures("single_thread")
-@pytest.mark.parametrize("encoder", ["text", "latents"])
-def test_batches_take_less_time_than_their_samples(encoder, tiny_models, tmp_path, bench, monkeypatch):
+@pytest.mark.parametrize(("encoder", "limit"), [("text", 0.6), ("latents", 0.7)])
+def test_batches_take_less_time_than_their_samples(encoder, limit, tiny_models, tmp_path, bench, monkeypatch):
     count = bench.size(1000, 70)
     dataset = write_images(tmp_path / "images", count)
     together = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "together"), encoder)
@@ -73,7 +73,7 @@ def test_batches_take_less_time_than_their_samples(encoder, tiny_models, tmp_pat
     monkeypatch.setattr(encoding_batches, "captions_at_once", lambda *_: 1)
     singly = seconds_to_fill(planned(tiny_models, dataset, tmp_path / "singly"), encoder)
     detail = f"{count / together:.0f} a second, {count / singly:.0f} one by one"
-    bench.at_most(f"filling the cache with {encoder}: in batches / one by one", together / singly, 0.6, detail)
+    bench.at_most(f"filling the cache with {encoder}: in batches / one by one", together / singly, limit, detail)
 
 
 def seconds_alone(plan: RunPlan) -> float:
