@@ -21,8 +21,11 @@ def packed_weights(plan: RunPlan, component: str, reporter: Reporter) -> Abstrac
 
     They are written by one process of each machine, as long as that leaves room for all else that the run writes.
     """
-    files, identity = plan.model.components[component], plan.encodings.identities.get(component)
-    if identity is None or component not in packed_bytes(plan):
+    files = plan.model.components[component]
+    if component not in packed_bytes(plan):
+        return nullcontext()
+    identity = plan.encodings.identities.get(component)
+    if identity is None:
         return nullcontext()
     run = find_workload(plan)
     use = disk_use(plan, memory_config(plan, run.largest), run.encoded)
