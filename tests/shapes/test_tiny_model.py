@@ -145,11 +145,11 @@ def test_a_lora_teaches_it_the_word(lora, score):
 def watched(dataset, folder) -> Path:
     """The same run with all that can be seen of it, on keyholes of colors that are not taught."""
     untaught = split_keyholes()[1]
-    write_dataset(folder / "untaught", (Row(render(one.scene, 1), one.caption) for one in untaught))
+    write_dataset(folder / "untaught", (Row(render(one.scene, 1), one.caption) for one in untaught[:SEEN]))
     (folder / "prompts.txt").write_text("".join(f"{one.caption}\n" for one in untaught[:SEEN]))
     checkpoint = train(
-        dataset, folder / "watched", "--preview_prompts", folder / "prompts.txt", "--preview_every", 76, "--preview_steps",
-        12, "--validation_split", folder / "untaught", "--validate_every", 76, "--ema_decay", 0.99, "--log_with",
+        dataset, folder / "watched", "--preview_prompts", folder / "prompts.txt", "--preview_every", 152, "--preview_steps",
+        12, "--validation_split", folder / "untaught", "--validate_every", 152, "--ema_decay", 0.99, "--log_with",
         "csv,tensorboard", "--mirror", folder / "mirror",
     )  # fmt: skip
     return checkpoint.parent
