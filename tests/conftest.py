@@ -192,3 +192,15 @@ def cli(
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def train_into(cli: Callable[..., Outcome], photographs: Path) -> Callable[..., Path]:
+    """Train on the photographs with the given flags, and return the folder of the run."""
+
+    def run(folder: str, *flags: object) -> Path:
+        outcome = cli("train", "--dataset_base_path", photographs, "--output_path", folder, *flags)
+        assert outcome.code == 0, outcome.err
+        return Path(folder)
+
+    return run

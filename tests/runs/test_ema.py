@@ -26,15 +26,9 @@ COMMON = ("--device", "cpu", "--dataset_num_workers", 0, "--ema_decay", 0.3)
 
 
 @pytest.fixture
-def train(cli, photographs) -> Callable[..., Path]:
-    """Train on the photographs with averages, and return the folder of the run."""
-
-    def run(name: str, *flags: object) -> Path:
-        outcome = cli("train", *COMMON, "--dataset_base_path", photographs, "--output_path", name, *flags)
-        assert outcome.code == 0, outcome.err
-        return Path(name)
-
-    return run
+def train(train_into) -> Callable[..., Path]:
+    """Train on the photographs, and return the folder of the run."""
+    return lambda folder, *flags: train_into(folder, *COMMON, *flags)
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

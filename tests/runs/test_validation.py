@@ -17,16 +17,9 @@ RUN = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank
 
 
 @pytest.fixture
-def train(cli, photographs) -> Callable[..., Path]:
+def train(train_into) -> Callable[..., Path]:
     """Train on the photographs, and return the folder of the run."""
-
-    def run(name: str, *flags: object) -> Path:
-        words = (*RUN, "--dataset_base_path", photographs, "--output_path", name, *flags)
-        outcome = cli("train", *words)
-        assert outcome.code == 0, outcome.err
-        return Path(name)
-
-    return run
+    return lambda folder, *flags: train_into(folder, *RUN, *flags)
 
 
 @pytest.fixture
