@@ -61,8 +61,9 @@ class Int8(WeightStore):
 
 
 @pytest.fixture
-def plan(tiny_models: Path, photographs: Path, tmp_path: Path):
-    """The plan of a LoRA in a folder of this name, with the transformer in a weight store."""
+def plan(tiny_models: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The plan of a LoRA in a folder of this name, with the transformer in a weight store; nothing is cached before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def plan(folder: str, storage: str = "plain", **more: object) -> RunPlan:
         flags = {"recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "max_steps": 2, "lora_rank": 4,
