@@ -20,7 +20,7 @@ from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache, load_columns
-from diffsynth_core.training.loop import make_accelerator
+from diffsynth_core.training.setup import make_accelerator
 from tests.conftest import write_metadata
 
 

@@ -19,9 +19,10 @@ from diffsynth_core.planning.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.loop import make_optimizer, train
+from diffsynth_core.training.loop import train
 from diffsynth_core.training.model import build_training_module
 from diffsynth_core.training.objective import FlowMatching
+from diffsynth_core.training.setup import make_optimizer
 from tests.conftest import MODEL_ID, PLACES
 from tests.shapes.datasets import scene_rows, write_dataset
 from tests.shapes.scenes import draw_scenes

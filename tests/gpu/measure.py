@@ -37,8 +37,8 @@ from diffsynth_core.randomness import key_of
 from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.training.engines import make_engine
 from diffsynth_core.training.loader import MicroBatch
-from diffsynth_core.training.loop import make_accelerator, make_optimizer
 from diffsynth_core.training.model import build_training_module
+from diffsynth_core.training.setup import make_accelerator, make_optimizer
 from diffsynth_core.weights.base_files import Part
 from diffsynth_core.weights.headers import make_header
 from tests.gpu.rows import REHEARSED, Row, find_row

@@ -20,8 +20,8 @@ from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import iterate_micro_batches
-from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.model import TrainingModule, build_training_module
+from diffsynth_core.training.setup import make_accelerator
 
 RECIPES = {
     "qwen-image": "qwen-image-lora",

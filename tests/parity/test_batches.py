@@ -11,8 +11,8 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import MicroBatch
-from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.model import build_training_module
+from diffsynth_core.training.setup import make_accelerator
 
 TOLERANCE = 1e-5
 

@@ -17,8 +17,8 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import iterate_micro_batches
-from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.model import build_training_module
+from diffsynth_core.training.setup import make_accelerator
 from tests.kinds import KINDS, Kind, entries_of, inputs_of, lora, write_datasets, write_models
 from tests.parity.conftest import SCHEDULER
 

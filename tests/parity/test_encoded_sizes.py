@@ -19,7 +19,7 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
-from diffsynth_core.training.loop import make_accelerator
+from diffsynth_core.training.setup import make_accelerator
 
 RECIPES = (
     "qwen-image-lora",

@@ -24,7 +24,7 @@ from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
-from diffsynth_core.training.loop import make_accelerator
+from diffsynth_core.training.setup import make_accelerator
 from tests.conftest import write_metadata
 from tests.parity.test_encoder_memory import encoders_of
 

@@ -31,8 +31,8 @@ from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loader import iterate_micro_batches
-from diffsynth_core.training.loop import make_optimizer
 from diffsynth_core.training.precompute import precompute
+from diffsynth_core.training.setup import make_optimizer
 from tests.parity.float8_runs import Step, plan_step
 
 WITHIN = 0.1

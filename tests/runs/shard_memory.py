@@ -18,7 +18,7 @@ from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.checkpointing import checkpoint_content, write_checkpoint
-from diffsynth_core.training.loop import load_for_steps, make_accelerator, make_optimizer
+from diffsynth_core.training.setup import load_for_steps, make_accelerator, make_optimizer
 from diffsynth_core.weights.writing import access_as_written
 
 

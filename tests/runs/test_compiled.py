@@ -17,7 +17,8 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import iterate_micro_batches
-from diffsynth_core.training.loop import make_accelerator, train
+from diffsynth_core.training.loop import train
+from diffsynth_core.training.setup import make_accelerator
 
 pytestmark = [  # PyTorch hides the first, if it may be shown; the second is about its own code, the third about rotations
     pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex"),

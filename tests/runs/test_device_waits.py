@@ -17,7 +17,7 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.engines.replicated import ReplicatedEngine
 from diffsynth_core.training.loop import train
-from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.observers.observer import Observer, StepReport
 
 STEPS = 3
 LORA = {"recipe": "qwen-image-lora", "lora_rank": 4, "max_grad_norm": 0.1}

@@ -16,7 +16,7 @@ from diffsynth_core.training.engines import make_engine
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.engines.replicated import ReplicatedEngine
 from diffsynth_core.training.loop import train
-from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.observers.observer import Observer, StepReport
 
 
 @pytest.fixture

@@ -296,7 +296,7 @@ def test_nested_checkpointing_computes_parts_of_blocks_three_times(run, monkeypa
 @pytest.mark.parametrize(("flags", "expected"), [((), "cuda"), (("--initialize_model_on_cpu",), "cpu")])
 def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypatch, flags, expected):
     """With a GPU as the device, in a run that ends before it needs one."""
-    from diffsynth_core.training import loop, model
+    from diffsynth_core.training import model, setup
 
     class Loaded(Exception):
         pass
@@ -305,9 +305,9 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
         raise Loaded(device.type)
 
     monkeypatch.setattr(model, "load_for_run", load)
-    real = loop.build_training_module
+    real = setup.build_training_module
     monkeypatch.setattr(
-        loop,
+        setup,
         "build_training_module",
         lambda plan, family, device, *rest: real(plan, family, torch.device("cuda"), *rest),
     )

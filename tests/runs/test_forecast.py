@@ -12,8 +12,8 @@ from diffsynth_core.planning.disk import SaveSeconds
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.forecast import ForecastObserver
-from diffsynth_core.training.observers import StepReport
+from diffsynth_core.training.observers.forecast import ForecastObserver
+from diffsynth_core.training.observers.observer import StepReport
 from diffsynth_core.training.pace import Pace
 
 COMMON = ("train", "--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank", "2", "--resume", "auto")

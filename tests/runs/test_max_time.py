@@ -15,7 +15,7 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.session import Session
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train
-from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.observers.observer import Observer, StepReport
 from tests.runs.test_processes import launch
 from tests.runs.test_session import STAGES
 

@@ -13,7 +13,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
-from diffsynth_core.training import background
+from diffsynth_core.training.observers import background
 from tests.killing import ForkedRun, steps_done
 
 SMALL = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank", "2", "--device", "cpu",

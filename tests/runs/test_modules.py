@@ -101,9 +101,9 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    from diffsynth_core.training import loop
+    from diffsynth_core.training import setup
 
-    seen, real = Watch(), loop.build_training_module
+    seen, real = Watch(), setup.build_training_module
 
     def watched(*arguments: Any) -> Any:
         model = real(*arguments)
@@ -111,7 +111,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
         seen.before = {name: tensor.detach().clone() for name, tensor in model.components.named_parameters()}
         return model
 
-    monkeypatch.setattr(loop, "build_training_module", watched)
+    monkeypatch.setattr(setup, "build_training_module", watched)
     return seen
 
 

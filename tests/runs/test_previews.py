@@ -22,12 +22,12 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.loop import train as train_plan
 from diffsynth_core.training.model import TrainingModule
-from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.observers.observer import Observer, StepReport
 from diffsynth_core.training.pace import Pace
 from diffsynth_core.training.previews import encode_previews
+from diffsynth_core.training.setup import make_accelerator
 
 RUN = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank", "2", "--device", "cpu", "--seed", 5)
 SHORT = ("--max_steps", 3, "--learning_rate", 0.05, "--save_steps", 2, "--dataset_repeat", 9)

@@ -14,7 +14,7 @@ from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train
-from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.observers.observer import Observer, StepReport
 from tests.naming import names
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from diffsynth_core.checkpoints.run_folder import PAGE, RECORD
 from diffsynth_core.training import loop
-from diffsynth_core.training.observers import Observer
+from diffsynth_core.training.observers import every_run
+from diffsynth_core.training.observers.observer import Observer
 from tests.naming import names
 
 RUN = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank", "2", "--device", "cpu",
@@ -36,7 +37,7 @@ def test_the_page_is_that_of_the_end_and_the_weights_are_the_same_without_it(tra
     page = (Path("with") / PAGE).read_text()
     assert "step-6.safetensors" in page and 'data-chart="bands"' in page and "6 steps; all 3 previews" in page
     assert page.count("<li data-prompt") == 1 and 'href="samples/step-6/0001.png"' in page
-    monkeypatch.setattr(loop, "PageObserver", lambda *_: Observer())
+    monkeypatch.setattr(every_run, "PageObserver", lambda *_: Observer())
     assert train("without", *previews).code == 0
     assert not (Path("without") / PAGE).exists()
     one, other = (load_file(Path(name) / "step-6.safetensors") for name in ("with", "without"))

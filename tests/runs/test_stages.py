@@ -111,9 +111,9 @@ def test_a_stage_trains_what_it_would_train_alone(train):
 
 def test_nothing_of_a_stage_is_in_memory_in_the_next(train, monkeypatch):
     """Without relying on an accidental collection: accelerate creates reference cycles with a model."""
-    from diffsynth_core.training import loop
+    from diffsynth_core.training import setup
 
-    real, built, alive = loop.build_training_module, [], []
+    real, built, alive = setup.build_training_module, [], []
 
     def build(*arguments):
         alive.append([reference() is not None for reference in built])
@@ -121,7 +121,7 @@ def test_nothing_of_a_stage_is_in_memory_in_the_next(train, monkeypatch):
         built.append(weakref.ref(module))
         return module
 
-    monkeypatch.setattr(loop, "build_training_module", build)
+    monkeypatch.setattr(setup, "build_training_module", build)
     gc.disable()
     try:
         outcome = train("--mixed_precision", "bf16")

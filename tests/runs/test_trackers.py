@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from diffsynth_core.checkpoints.run_folder import PreviewImage, PreviewList
-from diffsynth_core.training import trackers
+from diffsynth_core.training.observers import trackers
 from tests.killing import ForkedRun, steps_done
 
 SMALL = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--lora_rank", "2", "--device", "cpu",

@@ -124,7 +124,6 @@ class StepSlice:
     epoch: int
     start: int
     stop: int
-    ends_epoch: bool
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class StepPlan:
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.micro_batches
         stop = min(start + self.micro_batches, self.batches.batches_per_epoch)
-        return StepSlice(epoch, start, stop, stop == self.batches.batches_per_epoch)
+        return StepSlice(epoch, start, stop)
 
     def samples_in(self, part: StepSlice) -> int:
         """Return the number of samples in the micro-batches of a step."""

@@ -11,6 +11,7 @@ from diffsynth_core.models.weight_store import find_store
 from diffsynth_core.planning.memory import Planned, bytes_in_layers
 from diffsynth_core.planning.memory_config import MemoryConfig
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.saves import count_checkpoints, count_states
 from diffsynth_core.planning.trained_sizes import lora_numbers, trained_shapes, trained_tensor_bytes
 from diffsynth_core.weights.base_files import FLOAT8
 
@@ -98,18 +99,8 @@ def most_states(plan: RunPlan, keep: int) -> int:
     """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed, and one
     that a mirror copies stays until then.
     """
-    total, most = plan.data.steps.total_steps, keep + 1 + bool(plan.parameters.mirror)
-    return min(most, -(-total // state_interval(plan))) if total else most
-
-
-def save_interval(plan: RunPlan) -> int:
-    """Steps from one checkpoint to the next."""
-    return plan.parameters.save_steps or plan.data.steps.steps_per_epoch
-
-
-def state_interval(plan: RunPlan) -> int:
-    """Steps from one state to the next."""
-    return plan.parameters.save_state_steps or save_interval(plan)
+    most = keep + 1 + bool(plan.parameters.mirror)
+    return min(most, count_states(plan)) if plan.data.steps.total_steps else most
 
 
 def checkpoint_bytes(plan: RunPlan) -> int:
@@ -155,9 +146,3 @@ def has_scales(plan: RunPlan, component: str) -> bool:
 def download_bytes(plan: Planned) -> int:
     """Of the components whose files are not there, as they are published."""
     return sum(file_bytes(plan, name) for name in plan.model.published)
-
-
-def count_checkpoints(plan: RunPlan) -> int:
-    """How many a run writes: every `save_steps`, or at the end of each epoch, and the last."""
-    total = plan.data.steps.total_steps
-    return -(-total // save_interval(plan)) if total else 0

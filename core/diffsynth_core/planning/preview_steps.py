@@ -1,7 +1,7 @@
 """After which steps a run draws previews, and what that takes. No torch."""
 
-from diffsynth_core.planning.disk import save_interval
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.saves import save_interval
 
 
 def preview_interval(plan: RunPlan) -> int:

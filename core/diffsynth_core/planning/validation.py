@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
-from diffsynth_core.planning.disk import save_interval
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.saves import save_interval
 
 BANDS = 4
 """Parts of the timesteps at which each held-out sample is measured, once in each."""

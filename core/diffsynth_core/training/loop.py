@@ -1,90 +1,60 @@
 """The training loop."""
 
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
-from torch import nn
 
 from diffsynth_core.checkpoints.run_folder import (
-    LOG,
-    METRICS,
     PAGE,
     VALIDATIONS,
     MemoryUse,
     RunRecord,
     claim_folder,
     folder_identity,
-    forget_previews,
-    package_versions,
     read_previews,
     read_record,
     recorded_steps,
 )
 from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, LoopState
 from diffsynth_core.checkpoints.state import save_state
-from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.optimizers.averaging import AveragedOptimizer
-from diffsynth_core.optimizers.per_parameter import WHOLE, PerParameterOptimizer
-from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
-from diffsynth_core.planning.block_swap import trained_blocks
 from diffsynth_core.planning.disk import assumed_save_seconds
-from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.engines import SHARDING_VARIABLES
 from diffsynth_core.planning.memory import device_memory
 from diffsynth_core.planning.memory_config import memory_config
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.preview_steps import preview_is_due
-from diffsynth_core.planning.sizes import check_compilations, find_workload
-from diffsynth_core.planning.trackers import chosen_trackers
+from diffsynth_core.planning.saves import checkpoint_is_due, state_is_due
+from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.planning.validation import validation_is_due
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.checkpointing import checkpoint_content, write_checkpoint
-from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.engines import make_engine
 from diffsynth_core.training.engines.engine import Engine
-from diffsynth_core.training.forecast import ForecastObserver, time_in_words
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.machines import of_first, with_start_of_first
-from diffsynth_core.training.model import TrainingModule, build_training_module
-from diffsynth_core.training.observers import (
-    MetricsObserver,
-    Observer,
-    ProgressObserver,
-    StepReport,
-    ValidationReport,
-    peak_memory,
-)
-from diffsynth_core.training.pace import Pace
-from diffsynth_core.training.page_observer import PageObserver
+from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.training.observers.every_run import observers_of_run
+from diffsynth_core.training.observers.observer import Observer, StepReport, ValidationReport
+from diffsynth_core.training.observers.progress import ProgressObserver, peak_memory
+from diffsynth_core.training.pace import Pace, time_in_words
 from diffsynth_core.training.previews import Previews, encode_previews
-from diffsynth_core.training.profile import ProfileObserver
+from diffsynth_core.training.run_record import open_record
 from diffsynth_core.training.schedules import learning_rate
-from diffsynth_core.training.sharing import sharing_observers
-from diffsynth_core.training.trackers import tracker_observers
+from diffsynth_core.training.setup import MakeEngine, fill_encodings, load_model, make_accelerator, make_optimizer
 from diffsynth_core.training.trial import try_largest
 from diffsynth_core.training.validation import Validation
 from diffsynth_core.weights.writing import access_as_written
 
-MakeEngine = Callable[[RunPlan, Accelerator], Engine]
-"""Creates the engine of a run."""
-PROCESS_TIMEOUT = timedelta(hours=6)
-"""How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
 MAX_SKIPPED_STEPS = 20
 """Maximum number of consecutive skipped steps.
 
@@ -154,107 +124,6 @@ def _open_run(
     return Run(plan, model, accelerator, reporter, engine, previews, observers, pace)
 
 
-def load_for_steps(
-    plan: RunPlan,
-    accelerator: Accelerator,
-    reporter: Reporter,
-    stop: StopRequest,
-    open_engine: MakeEngine = make_engine,
-) -> tuple[RunPlan, TrainingModule, Engine]:
-    """Fill the cache and load what a step needs; return it with the plan that knows the encodings."""
-    plan = fill_encodings(plan, accelerator, reporter, stop)
-    return plan, *load_model(plan, accelerator, reporter, stop, open_engine)
-
-
-def fill_encodings(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> RunPlan:
-    """Fill the cache, and return the plan that knows the encodings."""
-    check_compilations(plan)
-    plan = with_encodings(plan, reporter)
-    _check_identities(plan)
-    fill_cache(plan, load_family(plan.model.facts.name), accelerator, reporter, stop)
-    stop.raise_if_set()
-    return plan
-
-
-def load_model(
-    plan: RunPlan,
-    accelerator: Accelerator,
-    reporter: Reporter,
-    stop: StopRequest,
-    open_engine: MakeEngine = make_engine,
-) -> tuple[TrainingModule, Engine]:
-    """Load what a step needs, through the engine that carries out the steps."""
-    engine, family = open_engine(plan, accelerator), load_family(plan.model.facts.name)
-    model = build_training_module(plan, family, accelerator.device, reporter, engine.place, engine.whole)
-    stop.raise_if_set()
-    return model, engine
-
-
-def make_accelerator(plan: RunPlan) -> Accelerator:
-    """Create the accelerator for devices and processes.
-
-    It accumulates no gradients: the loop counts steps itself.
-    """
-    # Engines that shard are ours: accelerate makes the process group, and would set up its own at these variables.
-    for name in SHARDING_VARIABLES:
-        os.environ.pop(name, None)
-    # accelerate keeps one state per process and refuses another precision, which the next stage may ask for. Private,
-    # but nothing public forgets the state: `tests/unit/test_private_names.py`.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=plan.machine.mixed_precision,
-        cpu=plan.machine.device == "cpu",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-    )
-    if accelerator.num_processes == 1 and plan.machine.device.partition(":")[2]:
-        torch.accelerator.set_device_index(int(plan.machine.device.partition(":")[2]))
-        accelerator.state.device = torch.device(plan.machine.device)
-    return accelerator
-
-
-def make_optimizer(
-    plan: RunPlan, trained: Mapping[str, nn.Parameter], starts: Mapping[str, int] = WHOLE
-) -> torch.optim.Optimizer:
-    """Create the optimizer of a run for parameters by name, or for parts of them; see `MakeOptimizer`."""
-    make, settings = partial(_make_whole, plan), plan.parameters
-    if not (settings.fused_backward or settings.enable_optimizer_cpu_offload):
-        return make(trained, starts)
-    blocks = trained_blocks(plan.model, plan.training, settings.blocks_to_swap)
-    waiting = tuple(f"{plan.model.facts.denoiser}.{block}." for block in blocks)
-    on_host = [name for name in trained if settings.enable_optimizer_cpu_offload or name.startswith(waiting)]
-    return PerParameterOptimizer(make, trained, torch.device(plan.machine.device), on_host)
-
-
-def _make_whole(
-    plan: RunPlan, trained: Mapping[str, nn.Parameter], starts: Mapping[str, int] = WHOLE
-) -> torch.optim.Optimizer:
-    """Create an optimizer that updates all parameters in its step."""
-    choice = plan.training.optimizer
-    build = partial(choice.build, plan.parameters.learning_rate)
-    in_float32 = all(weight.dtype == torch.float32 for weight in trained.values())
-    optimizer = (
-        build(trained.values()) if in_float32 else RoundedOptimizer(build, trained, plan.parameters.seed, starts)
-    )
-    return AveragedOptimizer(optimizer, choice.ema_decay) if choice.ema_decay else optimizer
-
-
-def _check_identities(plan: RunPlan) -> None:
-    """Check that a resumed run uses the weights it was started with."""
-    record = read_record(plan.parameters.output_path)
-    if record is None:
-        return
-    changed = [
-        name
-        for name, files in plan.encodings.identities.items()
-        if sorted(files.values()) != sorted(record.components.get(name, {}).values())
-    ]
-    if changed:
-        raise DiffSynthError(
-            f"the files of {', '.join(changed)} changed since the run in `{plan.parameters.output_path}` started",
-            "resume with the same files, or start a new run",
-        )
-
-
 class Run:
     """One run in its folder: model, engine, progress and saved files."""
 
@@ -290,7 +159,8 @@ class Run:
             reporter.warn(warning)
         # Before the record: a run that does not fit leaves nothing behind, and may be given again with flags.
         try_largest(plan, model, engine, accelerator.device, reporter)
-        self.record = self._open_record()
+        self.record = open_record(plan, self.samples_seen, accelerator, reporter)
+        engine.wait()
         self.estimated_memory: int | None = None
         self._measure_memory()
         self.seconds_before = self.record.seconds
@@ -299,22 +169,9 @@ class Run:
     def execute(self, stop: StopRequest, stop_after: int | None) -> RunResult:
         """Train from the plan's first step to the last; every exit leaves a record of how the run ended."""
         if self.accelerator.is_main_process:
-            self.observers += [
-                MetricsObserver(
-                    self.folder,
-                    self.plan.output.start.first_step,
-                    self.reporter.warn,
-                    validates=bool(self.plan.data.held_out),
-                ),
-                *tracker_observers(self.plan, self.record, self.reporter),
-                ForecastObserver(self.plan, self.pace, stop, self.reporter, self.seconds_before),
-            ]
-            if self.plan.parameters.profile:
-                count, device = self.plan.parameters.profile, self.accelerator.device
-                self.observers.append(ProfileObserver(self.folder, count, device, self.reporter.info))
-            # The page shows what those before have written, and what brings the run elsewhere takes the page along.
-            self.observers.append(PageObserver(self.folder, self.reporter.warn))
-            self.observers += sharing_observers(self.plan, self.record, self.reporter, self.pace, stop)
+            self.observers += observers_of_run(
+                self.plan, self.record, self.pace, self.accelerator.device, self.reporter, stop
+            )
             self.reporter.info(f"`{self.folder / PAGE}` shows how the run is going, in a browser")
         together = True
         try:
@@ -351,7 +208,7 @@ class Run:
         self._check_time(stop)
         if of_first(first not in recorded_steps(self.folder / VALIDATIONS), self.accelerator):
             self._validate()
-        if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
+        if first and checkpoint_is_due(self.plan, first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
         if bool(self.plan.previews) and of_first(first not in read_previews(self.folder), self.accelerator):
             self._draw_previews(stop)
@@ -382,9 +239,9 @@ class Run:
 
                 self._validate()
                 stopping = asked_to_stop or out_of_time or done == stop_after
-                if stopping or self._checkpoint_is_due(done):
+                if stopping or checkpoint_is_due(self.plan, done):
                     self._save_checkpoint(interrupted=stopping and done < total)
-                if stopping or self._state_is_due(done):
+                if stopping or state_is_due(self.plan, done):
                     self._save_state()
                 if stopping and done < total:
                     if asked_to_stop:
@@ -486,7 +343,7 @@ class Run:
         """Return whether the run must stop after the current step to be saved in time; the main process decides."""
         if not (stop.limits_time and self.accelerator.is_main_process):
             return False
-        saves_after_it = self._checkpoint_is_due(self.done + 1) or self._state_is_due(self.done + 1)
+        saves_after_it = checkpoint_is_due(self.plan, self.done + 1) or state_is_due(self.plan, self.done + 1)
         validations = sum(validation_is_due(self.plan, self.done + ahead) for ahead in (1, 2))
         drawings = int(preview_is_due(self.plan, self.done + 1))
         return not self.pace.allows_another(stop.seconds_left, 1 + saves_after_it, validations, drawings)
@@ -526,16 +383,6 @@ class Run:
                 f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} consecutive steps, the last is step {self.done}",
                 "start a new run with `--mixed_precision bf16` or `no`",
             )
-
-    def _checkpoint_is_due(self, done: int) -> bool:
-        every, steps = self.plan.parameters.save_steps, self.plan.data.steps
-        return done == steps.total_steps or (done % every == 0 if every else steps.slice(done - 1).ends_epoch)
-
-    def _state_is_due(self, done: int) -> bool:
-        every = self.plan.parameters.save_state_steps
-        if every is None:
-            return self._checkpoint_is_due(done)
-        return done == self.plan.data.steps.total_steps or done % every == 0
 
     def _save_checkpoint(self, interrupted: bool) -> None:
         """Save the trained weights; the checkpoint of an interrupted run is named after the step."""
@@ -624,50 +471,6 @@ class Run:
                 "if it was renamed, the checkpoints and metrics so far are in the renamed folder; "
                 "`--resume auto` continues from the state saved in a new folder of the old name",
             )
-
-    def _open_record(self) -> RunRecord:
-        """Open the record of the resumed run, or create one; from now on the folder belongs to this run."""
-        plan = self.plan
-        record = of_first(read_record(self.folder), self.accelerator)
-        if record is None:
-            record = RunRecord(
-                parameters=as_plain(plan.parameters),
-                family=plan.model.facts.name,
-                seed=plan.parameters.seed,
-                dataset_fingerprint=plan.data.fingerprint,
-                components={name: dict(files) for name, files in plan.encodings.identities.items()},
-                mixed_precision=plan.machine.mixed_precision,
-                micro_batches_per_step=plan.data.steps.micro_batches,
-                id=uuid4().hex,
-                float8_components=plan.model.float8_components,
-                quantized_components=plan.model.quantized_components,
-                fused_optimizer=plan.training.optimizer.fused,
-            )
-        else:
-            last = max(recorded_steps(self.folder / METRICS), default=0)
-            record.tracked |= {
-                name: max(last, record.tracked.get(name, 0)) for name in chosen_trackers(record.parameters)
-            }
-        # Checkpoints after the resumed state will be written again.
-        record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.output.start.first_step]
-        record.parameters, record.versions = (
-            as_plain(plan.parameters),
-            package_versions(plan.training.optimizer.packages),
-        )
-        record.tf32 = list(plan.machine.tf32) if self.accelerator.device.type == "cuda" else []
-        record.status, record.failure, record.diverged_step = "running", None, None
-        record.step, record.samples_seen, record.total_steps = (
-            plan.output.start.first_step,
-            self.samples_seen,
-            plan.data.steps.total_steps,
-        )
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            forget_previews(self.folder, after=plan.output.start.first_step)
-            self.reporter.log_to(self.folder / LOG)
-            record.save(self.folder)
-        self.engine.wait()
-        return record
 
     def _measure_memory(self) -> None:
         """Record the peak of the GPU's memory so far against its estimate, which is made at the start of a command."""

@@ -1,10 +1,15 @@
-"""How long the steps and saves of a run take, and whether one more step ends in time."""
+"""How long the steps and saves of a run take, whether one more step ends in time, and what the time costs."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffsynth_core.planning.disk import SaveSeconds
+from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.preview_steps import count_drawings
+from diffsynth_core.planning.saves import count_checkpoints, count_states, save_interval, state_interval
+from diffsynth_core.planning.validation import count_validations
+from diffsynth_core.progress import format_duration
 
 
 class Pace:
@@ -100,3 +105,26 @@ class Pace:
         slowest = max(self.slowest_step, time.monotonic() - self._begun)
         besides = validations * self.validation_seconds + drawings * self.drawing_seconds
         return seconds_left >= 2 * slowest + saves * self.save_seconds + besides + self.update_seconds
+
+
+def seconds_left(plan: RunPlan, pace: Pace, done: int, step_seconds: float) -> float:
+    """Seconds from the end of step `done` to the end of the run."""
+    total = plan.data.steps.total_steps
+    checkpoints = count_checkpoints(plan) - done // save_interval(plan)
+    states = count_states(plan) - done // state_interval(plan)
+    validating = count_validations(plan, done, total) * pace.validation_seconds
+    drawing = count_drawings(plan, done, total) * pace.drawing_seconds
+    saving = checkpoints * pace.checkpoint_seconds + states * pace.state_seconds
+    return (total - done) * step_seconds + saving + validating + drawing
+
+
+def cost_in_words(plan: RunPlan, seconds: float) -> str:
+    """What so much time costs, in the currency of `price_per_hour`; empty without it."""
+    price = plan.parameters.price_per_hour
+    return "" if price is None else f"{price * seconds / 3600:.2f}"
+
+
+def time_in_words(plan: RunPlan, seconds: float) -> str:
+    """How long something took, and what it cost if the price of an hour is known."""
+    cost = cost_in_words(plan, seconds)
+    return f"{format_duration(seconds)}{f' and cost {cost}' if cost else ''}"

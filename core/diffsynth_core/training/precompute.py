@@ -30,9 +30,9 @@ from diffsynth_core.planning.two_stage import encoding_components, known_origin
 from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache
-from diffsynth_core.training.forecast import time_in_words
-from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.machines import local_world_size, sees_file_of_first
+from diffsynth_core.training.pace import time_in_words
+from diffsynth_core.training.setup import make_accelerator
 
 
 def precompute(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:

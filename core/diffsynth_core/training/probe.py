@@ -18,10 +18,9 @@ from diffsynth_core.planning.sizes import find_workload, largest_batch
 from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import EncodingSpeed, measure_encoders
-from diffsynth_core.training.forecast import seconds_left
 from diffsynth_core.training.loader import iterate_micro_batches
-from diffsynth_core.training.loop import load_for_steps, make_accelerator, make_optimizer
-from diffsynth_core.training.pace import Pace
+from diffsynth_core.training.pace import Pace, seconds_left
+from diffsynth_core.training.setup import load_for_steps, make_accelerator, make_optimizer
 from diffsynth_core.training.trial import try_largest
 
 

@@ -11,7 +11,7 @@ from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.validation import count_bands, held_out_batches
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.loader import MicroBatch, MicroBatches
-from diffsynth_core.training.observers import ValidationReport
+from diffsynth_core.training.observers.observer import ValidationReport
 from diffsynth_core.training.timesteps import Band
 
 VALIDATION_EPOCH = -1

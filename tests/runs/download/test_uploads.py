@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 
-from diffsynth_core.training import background
+from diffsynth_core.training.observers import background
 from tests.conftest import MODEL_ID
 from tests.hub_server import sha256
 

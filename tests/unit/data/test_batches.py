@@ -141,7 +141,7 @@ def test_steps_cover_all_batches_once_and_do_not_cross_epochs(micro_batches, num
     covered = [(part.epoch, number) for part in slices for number in range(part.start, part.stop)]
     assert covered == [(epoch, number) for epoch in range(num_epochs) for number in range(plan.batches_per_epoch)]
     assert all(1 <= part.stop - part.start <= micro_batches for part in slices)
-    assert [step for step, part in enumerate(slices, 1) if part.ends_epoch] == [
+    assert [step for step, part in enumerate(slices, 1) if part.stop == plan.batches_per_epoch] == [
         steps.steps_per_epoch * epoch for epoch in range(1, num_epochs + 1)
     ]
     assert sum(steps.samples_in(part) for part in slices) == num_epochs * plan.samples_per_epoch

@@ -12,8 +12,8 @@ from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import encode, read_ahead
-from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.read_ahead import ReadAhead
+from diffsynth_core.training.setup import make_accelerator
 
 
 @pytest.fixture

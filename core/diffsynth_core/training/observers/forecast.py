@@ -2,15 +2,12 @@
 
 from datetime import datetime, timedelta
 
-from diffsynth_core.planning.disk import count_checkpoints, save_interval, state_interval
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.preview_steps import count_drawings
 from diffsynth_core.planning.probing import PROFILE_WARM_UP
-from diffsynth_core.planning.validation import count_validations
 from diffsynth_core.progress import Reporter, format_duration
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.observers import Observer, StepReport
-from diffsynth_core.training.pace import Pace
+from diffsynth_core.training.observers.observer import Observer, StepReport
+from diffsynth_core.training.pace import Pace, cost_in_words, seconds_left
 
 MEASURED_STEPS = 3
 """Steps whose mean duration is taken for that of all."""
@@ -46,26 +43,3 @@ class ForecastObserver(Observer):
         return (
             f"{forecast}; `--max_time` stops it in {format_duration(max(0.0, self._stop.seconds_left))} at the latest"
         )
-
-
-def seconds_left(plan: RunPlan, pace: Pace, done: int, step_seconds: float) -> float:
-    """Seconds from the end of step `done` to the end of the run."""
-    total = plan.data.steps.total_steps
-    checkpoints = count_checkpoints(plan) - done // save_interval(plan)
-    states = -(-total // state_interval(plan)) - done // state_interval(plan)
-    validating = count_validations(plan, done, total) * pace.validation_seconds
-    drawing = count_drawings(plan, done, total) * pace.drawing_seconds
-    saving = checkpoints * pace.checkpoint_seconds + states * pace.state_seconds
-    return (total - done) * step_seconds + saving + validating + drawing
-
-
-def cost_in_words(plan: RunPlan, seconds: float) -> str:
-    """What so much time costs, in the currency of `price_per_hour`; empty without it."""
-    price = plan.parameters.price_per_hour
-    return "" if price is None else f"{price * seconds / 3600:.2f}"
-
-
-def time_in_words(plan: RunPlan, seconds: float) -> str:
-    """How long something took, and what it cost if the price of an hour is known."""
-    cost = cost_in_words(plan, seconds)
-    return f"{format_duration(seconds)}{f' and cost {cost}' if cost else ''}"

@@ -11,9 +11,9 @@ from diffsynth_core.hub.client import Hub, Repository, open_hub
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.background import BackgroundObserver, Destination
-from diffsynth_core.training.model_card import SHEET, model_card, preview_sheet
-from diffsynth_core.training.observers import Observer
+from diffsynth_core.training.observers.background import BackgroundObserver, Destination
+from diffsynth_core.training.observers.model_card import SHEET, model_card, preview_sheet
+from diffsynth_core.training.observers.observer import Observer
 from diffsynth_core.training.pace import Pace
 
 CARD = "README.md"

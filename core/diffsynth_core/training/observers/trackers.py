@@ -18,13 +18,8 @@ from diffsynth_core.files import LineFile, write_text
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.trackers import chosen_trackers
 from diffsynth_core.progress import Reporter
-from diffsynth_core.training.observers import (
-    Observer,
-    StepReport,
-    ValidationReport,
-    metrics_of,
-    metrics_of_validation,
-)
+from diffsynth_core.training.observers.metrics import metrics_of, metrics_of_validation
+from diffsynth_core.training.observers.observer import Observer, StepReport, ValidationReport
 
 DEFAULT_PROJECT = "DiffSynth-Studio"
 """Project of runs for which none is named, as in DiffSynth-Studio."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.checkpoints.run_folder import METRICS, PAGE, RECORD
-from diffsynth_core.training import page_observer
-from diffsynth_core.training.observers import StepReport, ValidationReport
-from diffsynth_core.training.page_observer import PageObserver
+from diffsynth_core.training.observers import page
+from diffsynth_core.training.observers.observer import StepReport, ValidationReport
+from diffsynth_core.training.observers.page import PageObserver
 from tests.naming import names
 from tests.run_folders import metric_lines, write_run
 
@@ -22,8 +22,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
         self.now, self.written = 1000.0, []
-        monkeypatch.setattr(page_observer.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(page_observer, "write_page", lambda *_: self._write(cost))
+        monkeypatch.setattr(page.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(page, "write_page", lambda *_: self._write(cost))
 
     def _write(self, cost: float) -> None:
         self.written.append(self.now)

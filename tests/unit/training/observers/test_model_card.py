@@ -8,7 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffsynth_core.checkpoints.run_folder import PreviewImage, PreviewList, preview_folder
-from diffsynth_core.training.model_card import preview_sheet
+from diffsynth_core.training.observers.model_card import preview_sheet
 
 
 def write_previews(run: Path, step: int, count: int, color: str, *more: str) -> None:

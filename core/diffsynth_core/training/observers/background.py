@@ -9,7 +9,7 @@ from typing import Protocol
 
 from diffsynth_core.progress import Reporter, format_duration
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training.observers import Observer
+from diffsynth_core.training.observers.observer import Observer
 from diffsynth_core.training.pace import Pace
 
 WAIT_SECONDS = 600.0

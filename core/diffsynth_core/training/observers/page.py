@@ -9,7 +9,7 @@ from diffsynth_core.checkpoints.run_folder import PAGE, RECORD, folder_identity
 from diffsynth_core.run_page.facts import RunReader
 from diffsynth_core.run_page.page import REFRESH_SECONDS, check_is_ours, write_page
 from diffsynth_core.run_page.thumbnails import Thumbnails
-from diffsynth_core.training.observers import Observer, StepReport, ValidationReport
+from diffsynth_core.training.observers.observer import Observer, StepReport, ValidationReport
 
 LEAST_PAUSE = 100
 """From one page to the next at least so many times as long as one took: at most 1 % of the time."""

@@ -12,7 +12,7 @@ from torch.profiler import profile, schedule
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import atomic_write, temporary_sibling
 from diffsynth_core.planning.probing import PROFILE_WARM_UP
-from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.observers.observer import Observer, StepReport
 
 KERNELS, COPIES = ("kernel",), ("gpu_memcpy", "gpu_memset")
 """Categories of events of a GPU in the traces of PyTorch (libkineto/include/ActivityType.h)."""

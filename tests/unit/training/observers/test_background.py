@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from diffsynth_core.stop import StopRequest
-from diffsynth_core.training import background
-from diffsynth_core.training.background import BackgroundObserver, Destination
+from diffsynth_core.training.observers import background
+from diffsynth_core.training.observers.background import BackgroundObserver, Destination
 
 
 class Counted(Destination):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffsynth_core.training.observers import StepReport
-from diffsynth_core.training.profile import limit_in_words, step_shares
+from diffsynth_core.training.observers.observer import StepReport
+from diffsynth_core.training.observers.profile import limit_in_words, step_shares
 
 GPU = torch.device("cuda")
 
