@@ -22,7 +22,12 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
-from diffsynth_core.planning.engines import REPLICATED, SHARDING_VARIABLES, EngineChoice, engine_of_configuration
+from diffsynth_core.planning.machine.engines import (
+    REPLICATED,
+    SHARDING_VARIABLES,
+    EngineChoice,
+    engine_of_configuration,
+)
 from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.stop import FINISHING
 

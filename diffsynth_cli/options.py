@@ -110,7 +110,7 @@ def _completions(setting: Setting) -> Callable[[str], list[str]]:
         return complete_recipe
 
     def complete(incomplete: str) -> list[str]:
-        from diffsynth_core.planning.optimizers import OPTIMIZERS
+        from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 
         tables = {"accelerate_config": tuple(launcher_presets()), "optimizer": tuple(OPTIMIZERS)}
         values = tables.get(setting.name, setting.choices)

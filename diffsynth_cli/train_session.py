@@ -40,7 +40,7 @@ from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import EXIT_DOES_NOT_FIT, DiffSynthError, FaultsFound, OutOfTime, Problem, raise_if_any
 from diffsynth_core.hub.download_plan import DownloadPlan
-from diffsynth_core.planning.engines import engine_of_environment
+from diffsynth_core.planning.machine.engines import engine_of_environment
 from diffsynth_core.progress import format_bytes, pluralize
 from diffsynth_core.session import Plans, Session, StageResult
 

@@ -26,9 +26,9 @@ from diffsynth_core.hub.client import downloads_disabled
 from diffsynth_core.hub.download import download_missing
 from diffsynth_core.hub.download_plan import DownloadPlan
 from diffsynth_core.hub.model_files import MissingFiles, missing_in_one
-from diffsynth_core.planning.dataset import MissingDataset
-from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_of_environment
-from diffsynth_core.planning.required_files import files_of_stages
+from diffsynth_core.planning.data.dataset import MissingDataset
+from diffsynth_core.planning.machine.engines import REPLICATED, EngineChoice, engine_of_environment
+from diffsynth_core.planning.model.required_files import files_of_stages
 from diffsynth_core.progress import Reporter, SilentReporter, Task
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Session:
         Raises:
             FaultsFound: with the problems of all stages.
         """
-        from diffsynth_core.planning.output import RunComplete
+        from diffsynth_core.planning.output.folder import RunComplete
 
         reporter = reporter or self.reporter
         plans: dict[str | None, RunPlan] = {}
@@ -165,9 +165,9 @@ class Session:
             FaultsFound: if the states of a run do not fit the disk of its output folder, what waits in host memory does
                 not fit there, or a hub refuses to create a repository.
         """
-        from diffsynth_core.planning.host_memory import host_problems
-        from diffsynth_core.planning.states_on_disk import state_problems
-        from diffsynth_core.planning.uploads import create_repository
+        from diffsynth_core.planning.memory.host_memory import host_problems
+        from diffsynth_core.planning.output.states_on_disk import state_problems
+        from diffsynth_core.planning.output.uploads import create_repository
 
         if plans:
             found = {stage: [*state_problems(plan), *host_problems(plan)] for stage, plan in plans.items()}
@@ -240,8 +240,8 @@ class Session:
             yield resolved.stage, found
 
     def _plan_stage(self, resolved: Resolved, reporter: Reporter, without_files: bool) -> "RunPlan":
+        from diffsynth_core.planning.memory.swap_choice import with_chosen_blocks
         from diffsynth_core.planning.plan import make_plan
-        from diffsynth_core.planning.swap_choice import with_chosen_blocks
 
         base = model_base_path()
         if resolved.parameters.rehearse:
@@ -249,7 +249,7 @@ class Session:
 
             resolved, base = prepare(resolved, reporter)
         if resolved.parameters.fit and not resolved.parameters.rehearse:
-            from diffsynth_core.planning.fitted import make_it_fit
+            from diffsynth_core.planning.memory.fitted import make_it_fit
 
             def plan_of(changed: Resolved) -> "RunPlan":
                 return make_plan(
@@ -288,8 +288,8 @@ def _launch_problems(resolved: Resolved) -> list[Problem]:
 
 def _unreachable(resolved: Resolved) -> list[Problem]:
     """The problems of other places that the run is copied to."""
-    from diffsynth_core.planning.mirror import unreachable_mirror
-    from diffsynth_core.planning.uploads import refused_account
+    from diffsynth_core.planning.output.mirror import unreachable_mirror
+    from diffsynth_core.planning.output.uploads import refused_account
 
     if resolved.parameters.rehearse:
         return []
@@ -310,7 +310,7 @@ def _free_memory(plan: "RunPlan") -> None:
     """Between stages: free the device memory of the last one."""
     import torch
 
-    from diffsynth_core.planning.loading import free_device_memory
+    from diffsynth_core.planning.model.loading import free_device_memory
 
     free_device_memory(torch.device(plan.machine.device))
 

@@ -13,7 +13,7 @@ from diffsynth_cli.text.wrapping import help_with_examples
 
 if TYPE_CHECKING:
     from diffsynth_core.hub.download_plan import DownloadPlan
-    from diffsynth_core.planning.download_request import DownloadRequest
+    from diffsynth_core.planning.model.download_request import DownloadRequest
 
 HELP = """Download the files of recipes, models and datasets from the hubs.
 
@@ -85,7 +85,7 @@ def download(
 ) -> int:
     """List the files and what is on disk, then download the rest."""
     from diffsynth_core.hub.client import downloads_disabled
-    from diffsynth_core.planning.download_request import request_download
+    from diffsynth_core.planning.model.download_request import request_download
 
     request = request_download(names or [], dataset, include or [], local_dir, local_model_path)
     as_json = output_format is Format.JSON
@@ -133,7 +133,7 @@ def _download(request: "DownloadRequest", source: str | None, verify: bool, as_j
 def _check_offline(request: "DownloadRequest", as_json: bool) -> int:
     """Offline: list the missing files, judged by name, and the download command."""
     from diffsynth_core.errors import raise_if_any
-    from diffsynth_core.planning.download_request import offline_problems
+    from diffsynth_core.planning.model.download_request import offline_problems
 
     missing = request.missing()
     if as_json:

@@ -7,14 +7,14 @@ from pathlib import Path
 from diffsynth_cli.text.plan import DEVICES, format_size
 from diffsynth_core.config.choices import SWAP_BUFFERS
 from diffsynth_core.files import free_bytes, model_base_path
-from diffsynth_core.planning.disk import disk_use, download_bytes
-from diffsynth_core.planning.fitted import gpu_bytes, host_limit
-from diffsynth_core.planning.fitting import EngineFit, MemoryFit, engine_fits, find_fit
-from diffsynth_core.planning.flops import step_flops
-from diffsynth_core.planning.memory import TrainingMemory, device_memory, host_memory, unknown_parts
-from diffsynth_core.planning.memory_config import MemoryConfig, memory_config
+from diffsynth_core.planning.memory.disk import disk_use, download_bytes
+from diffsynth_core.planning.memory.estimate import TrainingMemory, device_memory, host_memory, unknown_parts
+from diffsynth_core.planning.memory.fitted import gpu_bytes, host_limit
+from diffsynth_core.planning.memory.fitting import EngineFit, MemoryFit, engine_fits, find_fit
+from diffsynth_core.planning.memory.flops import step_flops
+from diffsynth_core.planning.memory.memory_config import MemoryConfig, memory_config
+from diffsynth_core.planning.memory.sizes import ASSUMED_CAPTION, Workload, find_workload
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import ASSUMED_CAPTION, Workload, find_workload
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
 TERA = 10**12

@@ -9,9 +9,9 @@ from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.generation.memory import find_storage, sizes_are_known, weights_at_once, weights_fit
 from diffsynth_core.generation.plan import Generation
 from diffsynth_core.hub.model_files import MissingFiles
-from diffsynth_core.planning.disk import download_bytes, file_bytes
-from diffsynth_core.planning.jobs import GenerationJob
-from diffsynth_core.planning.memory_config import device_and_precision
+from diffsynth_core.planning.drawing.jobs import GenerationJob
+from diffsynth_core.planning.memory.disk import download_bytes, file_bytes
+from diffsynth_core.planning.memory.memory_config import device_and_precision
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
 PRECISIONS = {"no": "float32"}

@@ -9,17 +9,17 @@ from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import list_names
 from diffsynth_core.hub.client import download_source
 from diffsynth_core.models.spec import ComponentFiles
-from diffsynth_core.planning.block_swap import swappable_blocks
-from diffsynth_core.planning.disk import checkpoint_bytes, file_bytes, has_scales, state_bytes
-from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
-from diffsynth_core.planning.host_memory import shortage_here
-from diffsynth_core.planning.lora_targets import kinds_of
-from diffsynth_core.planning.memory import count_parameters
-from diffsynth_core.planning.memory_config import device_and_precision
+from diffsynth_core.planning.data.encodings import encodings_are_known, plan_encodings
+from diffsynth_core.planning.drawing.preview_steps import count_drawings, passes_of_drawing
+from diffsynth_core.planning.memory.block_swap import swappable_blocks
+from diffsynth_core.planning.memory.disk import checkpoint_bytes, file_bytes, has_scales, state_bytes
+from diffsynth_core.planning.memory.estimate import count_parameters
+from diffsynth_core.planning.memory.host_memory import shortage_here
+from diffsynth_core.planning.memory.memory_config import device_and_precision
+from diffsynth_core.planning.memory.sizes import count_batch_shapes, most_batch_shapes
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.preview_steps import count_drawings, passes_of_drawing
-from diffsynth_core.planning.sizes import count_batch_shapes, most_batch_shapes
-from diffsynth_core.planning.validation import count_bands, count_validations
+from diffsynth_core.planning.training.lora_targets import kinds_of
+from diffsynth_core.planning.training.validation import count_bands, count_validations
 from diffsynth_core.progress import Reporter, format_bytes, format_count, format_memory, pluralize, verb
 
 SHOWN_SIZES = 6

@@ -23,11 +23,11 @@ from diffsynth_core.config.documents import flag
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.files import disk_id, free_bytes
 from diffsynth_core.hub.model_files import MissingFiles
-from diffsynth_core.planning.disk import assumed_save_seconds, checkpoint_bytes, download_bytes, state_bytes
-from diffsynth_core.planning.memory import device_memory, host_memory
-from diffsynth_core.planning.memory_config import device_and_precision
+from diffsynth_core.planning.memory.disk import assumed_save_seconds, checkpoint_bytes, download_bytes, state_bytes
+from diffsynth_core.planning.memory.estimate import device_memory, host_memory
+from diffsynth_core.planning.memory.memory_config import device_and_precision
+from diffsynth_core.planning.memory.trained_sizes import count_trained
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.trained_sizes import count_trained
 from diffsynth_core.progress import format_bytes, format_count, format_duration, format_memory, pluralize
 
 PRECISIONS = {"no": "float32"}

@@ -11,11 +11,11 @@ from PIL import Image
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning import encoding_batches
-from diffsynth_core.planning.encoder_inputs import load_tokenizers
-from diffsynth_core.planning.encoding_batches import EncodingBatches
-from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.loading import load_planned
+from diffsynth_core.planning.data import encoding_batches
+from diffsynth_core.planning.data.encoder_inputs import load_tokenizers
+from diffsynth_core.planning.data.encoding_batches import EncodingBatches
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.model.loading import load_planned
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

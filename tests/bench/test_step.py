@@ -15,7 +15,7 @@ import torch
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.data.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

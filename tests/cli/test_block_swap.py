@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffsynth_core.planning import host_memory
+from diffsynth_core.planning.memory import host_memory
 from tests.conftest import ENTRIES
 from tests.naming import names
 

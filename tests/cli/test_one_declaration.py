@@ -34,7 +34,7 @@ from diffsynth_core.config.documents import recipe_schema, reference_page
 from diffsynth_core.config.parameters import DEFAULTS, Parameters
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import collect_problems
-from diffsynth_core.planning.output import check_output
+from diffsynth_core.planning.output.folder import check_output
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
 

@@ -14,7 +14,7 @@ from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.dataset_columns import column_hints
 from diffsynth_core.models.registry import FAMILIES
-from diffsynth_core.planning.dataset import read_dataset
+from diffsynth_core.planning.data.dataset import read_dataset
 from diffsynth_core.progress import SilentReporter
 from tests.cli.conftest import read_problems
 from tests.naming import names

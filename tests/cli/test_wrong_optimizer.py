@@ -7,8 +7,8 @@ import pytest
 from diffsynth_core.config.origins import Origin
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import collect_problems
-from diffsynth_core.planning.optimizer_choice import choose_optimizer
-from diffsynth_core.planning.optimizers import OPTIMIZERS
+from diffsynth_core.planning.training.optimizer_choice import choose_optimizer
+from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 from tests.naming import names
 
 CASES = [

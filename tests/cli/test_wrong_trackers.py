@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from diffsynth_core.planning.trackers import TRACKERS
+from diffsynth_core.planning.output.trackers import TRACKERS
 from tests.naming import names
 
 

@@ -26,12 +26,12 @@ from diffsynth_core.models import loading
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.tiny import published_name, write_json
-from diffsynth_core.planning.encodings_plan import EncodingsPlan
-from diffsynth_core.planning.flops import step_flops
-from diffsynth_core.planning.memory import device_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.data.encodings_plan import EncodingsPlan
+from diffsynth_core.planning.memory.estimate import device_memory
+from diffsynth_core.planning.memory.flops import step_flops
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.randomness import key_of
 from diffsynth_core.rehearsal.preparation import prepare

@@ -30,7 +30,7 @@ random weights on the device, are prepared as `diffsynth train` prepares them, a
 of the tables, each in a process of its own; `ARGUMENTS="--minutes 12"` limits all of them together.
 
 - share of the limit = FLOP of a step / (seconds of a step x FLOP per second of the GPU in dense bf16)
-- FLOP of a step: matrix products by formula from shapes (`core/diffsynth_core/planning/flops.py`). A linear layer of P
+- FLOP of a step: matrix products by formula from shapes (`core/diffsynth_core/planning/memory/flops.py`). A linear layer of P
   weights and T tokens is 2 P T forward, 2 P T for the gradient of its input, and 2 P T for that of its weight if it trains;
   attention of S tokens, H numbers wide, is 4 S^2 H forward and 10 S^2 H backward; gradient checkpointing adds what it
   computes again. Products in 8 bits and dequantization count the same, so that shares of one model compare by time.

@@ -6,9 +6,9 @@ import pytest
 
 from diffsynth_core.models.loading import shape_problems
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.activations import step_components
-from diffsynth_core.planning.flops import step_flops
-from diffsynth_core.planning.sizes import find_workload
+from diffsynth_core.planning.memory.activations import step_components
+from diffsynth_core.planning.memory.flops import step_flops
+from diffsynth_core.planning.memory.sizes import find_workload
 from tests.gpu import bench
 from tests.gpu.measure import Outcome, make, measure
 from tests.gpu.page import HEAD, PAGE, device_peak, page

@@ -13,7 +13,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.loading import build_empty, stored_layers
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.weight_store import STORES
-from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.data.encodings import with_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare

@@ -15,7 +15,7 @@ from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import ComponentFiles, Variant
-from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.model.components import find_components
 from diffsynth_core.progress import SilentReporter
 from tests.parity.photographs import photograph, pixels_of
 

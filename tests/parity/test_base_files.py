@@ -26,9 +26,9 @@ from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.models.wan.keys import VAE_2_1
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.planning.file_assignment import read_file_set
-from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.model.components import find_components
+from diffsynth_core.planning.model.file_assignment import read_file_set
+from diffsynth_core.planning.model.model_plan import ModelPlan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.weighted_files import WeightedFile
 from tests.loras import RECIPES, random_lora, save_lora, write_tiny_family

@@ -5,7 +5,7 @@ import torch
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.batches import SampleRef
-from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.data.encodings import with_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

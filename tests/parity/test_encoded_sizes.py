@@ -12,9 +12,9 @@ from diffsynth_core.dataset_report.thresholds import Thresholds
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.stop import StopRequest

@@ -15,11 +15,11 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import Interrupted, collect_problems
 from diffsynth_core.models.control import CONTROL_LATENTS
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.planning.encoder_inputs import load_tokenizers
-from diffsynth_core.planning.encoding_batches import EncodingBatches, image_batch
-from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.loading import load_planned
+from diffsynth_core.planning.data.encoder_inputs import load_tokenizers
+from diffsynth_core.planning.data.encoding_batches import EncodingBatches, image_batch
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.model.components import find_components
+from diffsynth_core.planning.model.loading import load_planned
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

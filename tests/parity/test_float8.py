@@ -9,7 +9,7 @@ import torch
 from diffsynth_core.adapters.stored import StoredLinear
 from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encoder_inputs import load_tokenizers, scale_pixels
+from diffsynth_core.planning.data.encoder_inputs import load_tokenizers, scale_pixels
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.encode import load_columns
 from tests.parity.float8_runs import RECIPES, Step, counting_saved, plan_step, round_weights

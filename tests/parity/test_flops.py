@@ -17,8 +17,8 @@ from diffsynth_core.models.block_swap import block_of
 from diffsynth_core.models.prepare import prepare_component
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.size_facts import StepSizes
-from diffsynth_core.planning.activations import component_setup, step_components
-from diffsynth_core.planning.flops import step_flops
+from diffsynth_core.planning.memory.activations import component_setup, step_components
+from diffsynth_core.planning.memory.flops import step_flops
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 

@@ -299,7 +299,7 @@ def test_files_without_configurations_load_to_the_same_model(klein, flux2_models
 def load_component_at(folder: Path, component: str) -> Any:
     """Load a component from the files in a folder."""
     from diffsynth_core.config.parameters import Parameters
-    from diffsynth_core.planning.components import find_components
+    from diffsynth_core.planning.model.components import find_components
 
     paths = tuple(str(path) for path in sorted(folder.glob("*.safetensors")))
     with collect_problems():

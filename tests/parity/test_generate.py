@@ -23,10 +23,10 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import match_targets, modules_with_weights
 from diffsynth_core.models.wan.sampling import T2V_2_2
 from diffsynth_core.models.wan.spec import WAN
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.planning.jobs import AppliedLora, GenerationJob
-from diffsynth_core.planning.lora_files import read_lora_of, tensor_shapes
-from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.drawing.jobs import AppliedLora, GenerationJob
+from diffsynth_core.planning.model.components import find_components
+from diffsynth_core.planning.model.lora_files import read_lora_of, tensor_shapes
+from diffsynth_core.planning.model.model_plan import ModelPlan
 from diffsynth_core.planning.plan import Machine
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

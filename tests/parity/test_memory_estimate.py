@@ -20,14 +20,14 @@ from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.models.checkpointing import ATTENTION, block_caller, blocks_of, checkpoint_parts, parts_of
 from diffsynth_core.models.loading import build_empty
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.disk import disk_use
-from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.memory import count_parameters, device_memory, training_memory, unknown_parts
-from diffsynth_core.planning.memory_config import memory_config
-from diffsynth_core.planning.optimizer_choice import OptimizerChoice
-from diffsynth_core.planning.optimizers import OPTIMIZERS
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.memory.disk import disk_use
+from diffsynth_core.planning.memory.estimate import count_parameters, device_memory, training_memory, unknown_parts
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload, sizes_of_sample
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
+from diffsynth_core.planning.training.optimizer_choice import OptimizerChoice
+from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loader import iterate_micro_batches

@@ -14,9 +14,9 @@ from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.models import loading, packed_weights
 from diffsynth_core.models.packed_weights import PackedWeights
 from diffsynth_core.models.weight_store import FormatStore
-from diffsynth_core.planning.disk import disk_use, packed_bytes
-from diffsynth_core.planning.memory_config import memory_config
-from diffsynth_core.planning.sizes import find_workload
+from diffsynth_core.planning.memory.disk import disk_use, packed_bytes
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from tests.parity.float8_runs import Step, plan_step
 

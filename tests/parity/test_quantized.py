@@ -12,9 +12,9 @@ from torch.nn.functional import cosine_similarity
 
 from diffsynth_core.adapters.stored import StoredLinear
 from diffsynth_core.models.weight_store import STORES
-from diffsynth_core.planning.memory import frozen_bytes, training_memory
-from diffsynth_core.planning.memory_config import memory_config
-from diffsynth_core.planning.sizes import find_workload
+from diffsynth_core.planning.memory.estimate import frozen_bytes, training_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from tests.parity.float8_runs import RECIPES, Step, plan_step
 
 CASES = [

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.planning.engines import engine_of_environment
+from diffsynth_core.planning.machine.engines import engine_of_environment
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

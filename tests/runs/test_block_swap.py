@@ -11,10 +11,10 @@ from diffsynth_core.adapters import swap as swapping
 from diffsynth_core.adapters.swap import BlockSwap, swaps_of
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
-from diffsynth_core.planning.memory import device_memory, host_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.estimate import device_memory, host_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop

@@ -10,9 +10,9 @@ import torch
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.memory.sizes import count_batch_shapes
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import count_batch_shapes
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache

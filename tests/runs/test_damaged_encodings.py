@@ -13,7 +13,7 @@ import pytest
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.data.encodings import plan_encodings
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

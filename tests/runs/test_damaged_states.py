@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import Problem, collect_problems
-from diffsynth_core.planning.output import ResumePoint, check_output
+from diffsynth_core.planning.output.folder import ResumePoint, check_output
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.planning.disk import checkpoint_bytes, state_bytes
-from diffsynth_core.planning.memory import device_memory, host_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.disk import checkpoint_bytes, state_bytes
+from diffsynth_core.planning.memory.estimate import device_memory, host_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.headers import read_header
 

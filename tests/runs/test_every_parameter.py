@@ -257,7 +257,7 @@ def test_a_parameter_changes_the_weights_and_not_the_loss(run, plain, name):
 def test_checkpointing_computes_blocks_twice_to_the_same_end(run, monkeypatch, name):
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
-    from diffsynth_core.planning import host_memory
+    from diffsynth_core.planning.memory import host_memory
 
     calls: list[int] = []
     real = QwenImageTransformerBlock.forward
@@ -279,7 +279,7 @@ def test_checkpointing_computes_blocks_twice_to_the_same_end(run, monkeypatch, n
 def test_nested_checkpointing_computes_parts_of_blocks_three_times(run, monkeypatch):
     from diffusers.models.attention import FeedForward
 
-    from diffsynth_core.planning import host_memory
+    from diffsynth_core.planning.memory import host_memory
 
     calls: list[int] = []
     real = FeedForward.forward

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.data.encodings import plan_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter, Task
 from diffsynth_core.stop import StopRequest

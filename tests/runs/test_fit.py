@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.planning.fit_options import FITTED
-from diffsynth_core.planning.fitting import find_fit
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.fit_options import FITTED
+from diffsynth_core.planning.memory.fitting import find_fit
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.session import Session
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.planning.disk import SaveSeconds
+from diffsynth_core.planning.memory.disk import SaveSeconds
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.planning.memory import device_memory, host_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.estimate import device_memory, host_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.engines.fused import FusedEngine

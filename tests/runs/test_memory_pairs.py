@@ -10,8 +10,8 @@ import pytest
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import FaultsFound
-from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan, make_plan
+from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsynth_core.data.media import MediaCrop
 from diffsynth_core.models.flux.family import Flux
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.planning.encoder_inputs import load_pixel_tensor
+from diffsynth_core.planning.data.encoder_inputs import load_pixel_tensor
 from diffsynth_core.training.objective import draw_noise
 from tests.clips import detailed, write_clip
 from tests.gradients import unused_parameters

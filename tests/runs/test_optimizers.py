@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.planning.disk import state_bytes
-from diffsynth_core.planning.memory import device_memory
-from diffsynth_core.planning.memory_config import memory_config
-from diffsynth_core.planning.optimizer_choice import OptimizerChoice
-from diffsynth_core.planning.optimizers import OPTIMIZERS
+from diffsynth_core.planning.memory.disk import state_bytes
+from diffsynth_core.planning.memory.estimate import device_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
+from diffsynth_core.planning.memory.trained_sizes import trained_shapes, trained_tensor_bytes
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
-from diffsynth_core.planning.trained_sizes import trained_shapes, trained_tensor_bytes
+from diffsynth_core.planning.training.optimizer_choice import OptimizerChoice
+from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.loop import train

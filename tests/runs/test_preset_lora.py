@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import DiffSynthError, FaultsFound
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import plan_encodings, with_encodings
-from diffsynth_core.planning.encodings_plan import EncoderPlan
+from diffsynth_core.planning.data.encodings import plan_encodings, with_encodings
+from diffsynth_core.planning.data.encodings_plan import EncoderPlan
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

@@ -181,7 +181,7 @@ def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
 
 
 def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypatch):
-    from diffsynth_core.planning import encoder_inputs
+    from diffsynth_core.planning.data import encoder_inputs
 
     real, calls = encoder_inputs.load_pixel_tensor, []
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.captions import draw_choice
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.planning.encodings import plan_encodings
-from diffsynth_core.planning.encodings_plan import EncodingRef
+from diffsynth_core.planning.data.encodings import plan_encodings
+from diffsynth_core.planning.data.encodings_plan import EncodingRef
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop

@@ -81,7 +81,7 @@ def encodings_below(cache: Path) -> dict[str, set[str]]:
 
 def test_a_crash_while_encoding_leaves_whole_entries_only(cli, photographs, tmp_path, monkeypatch):
     """The third image fails; entries encoded before are complete, and the next run encodes only the rest."""
-    from diffsynth_core.planning import encoder_inputs
+    from diffsynth_core.planning.data import encoder_inputs
 
     cache = ("--cache_path", tmp_path / "own_cache")
     real = encoder_inputs.load_pixel_tensor
@@ -271,7 +271,7 @@ def test_two_runs_in_one_folder_are_kept_apart(cli, photographs, tmp_path):
 
 
 def test_an_image_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, dataset, tmp_path, monkeypatch):
-    from diffsynth_core.planning import encoder_inputs
+    from diffsynth_core.planning.data import encoder_inputs
 
     real = encoder_inputs.load_pixel_tensor
 

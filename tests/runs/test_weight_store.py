@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.weight_store import STORES, WeightStore
-from diffsynth_core.planning.memory import weight_bytes
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.estimate import weight_bytes
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training import loop

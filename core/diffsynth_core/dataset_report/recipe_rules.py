@@ -16,7 +16,7 @@ from diffsynth_core.models.recognition import component_at
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts, Variant
 from diffsynth_core.models.token_counts import CaptionRule
-from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.model.components import find_components
 
 
 def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:

@@ -6,8 +6,8 @@ from diffsynth_core.errors import Problem, report
 from diffsynth_core.generation.request import GenerationRequest
 from diffsynth_core.models.dataset_columns import size_problems
 from diffsynth_core.models.spec import Variant
-from diffsynth_core.planning.jobs import ImageSize
-from diffsynth_core.planning.prompts import PromptRow
+from diffsynth_core.planning.drawing.jobs import ImageSize
+from diffsynth_core.planning.drawing.prompts import PromptRow
 
 MOST_ENLARGED = 16
 """An image or clip of more than this many times the usual number of pixels is a mistake: attention would take 256 times

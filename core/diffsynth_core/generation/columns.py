@@ -10,9 +10,9 @@ from diffsynth_core.errors import DiffSynthError, Problem, report
 from diffsynth_core.generation.request import GenerationRequest
 from diffsynth_core.models.recognition import best_readings, read_lora_keys
 from diffsynth_core.models.registry import FAMILIES
-from diffsynth_core.planning.jobs import AppliedLora
-from diffsynth_core.planning.lora_files import read_lora_of, tensor_shapes
-from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.drawing.jobs import AppliedLora
+from diffsynth_core.planning.model.lora_files import read_lora_of, tensor_shapes
+from diffsynth_core.planning.model.model_plan import ModelPlan
 from diffsynth_core.weights.headers import read_header
 from diffsynth_core.weights.lora import Lora
 from diffsynth_core.weights.weighted_files import WeightedFile, parse_weights

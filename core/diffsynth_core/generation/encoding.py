@@ -17,9 +17,9 @@ from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts, Variant
-from diffsynth_core.planning.encoder_inputs import check_encoded, load_input, load_tokenizers
-from diffsynth_core.planning.encoding_batches import EncodingBatches
-from diffsynth_core.planning.encoding_keys import (
+from diffsynth_core.planning.data.encoder_inputs import check_encoded, load_input, load_tokenizers
+from diffsynth_core.planning.data.encoding_batches import EncodingBatches
+from diffsynth_core.planning.data.encoding_keys import (
     ColumnInput,
     ConditioningFrames,
     EncoderInputs,
@@ -29,8 +29,8 @@ from diffsynth_core.planning.encoding_keys import (
     hash_cache,
     identify,
 )
-from diffsynth_core.planning.jobs import GenerationJob
-from diffsynth_core.planning.loading import free_device_memory, load_planned
+from diffsynth_core.planning.drawing.jobs import GenerationJob
+from diffsynth_core.planning.model.loading import free_device_memory, load_planned
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
 

@@ -26,8 +26,8 @@ from diffsynth_core.models.family import Encoded, encoder_dtype, frozen_dtype
 from diffsynth_core.models.loading import WeightChange
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.jobs import AppliedLora, GenerationJob
-from diffsynth_core.planning.loading import free_device_memory, load_planned
+from diffsynth_core.planning.drawing.jobs import AppliedLora, GenerationJob
+from diffsynth_core.planning.model.loading import free_device_memory, load_planned
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffsynth_core.planning.jobs import GenerationJob
-from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.drawing.jobs import GenerationJob
+from diffsynth_core.planning.model.model_plan import ModelPlan
 from diffsynth_core.planning.plan import Machine
 
 

@@ -17,7 +17,7 @@ from diffsynth_core.adapters.lora import set_lora
 from diffsynth_core.adapters.merge import Workspace, merge_rows
 from diffsynth_core.models.loading import WeightChange
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup
-from diffsynth_core.planning.jobs import AppliedLora, GenerationJob
+from diffsynth_core.planning.drawing.jobs import AppliedLora, GenerationJob
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
 

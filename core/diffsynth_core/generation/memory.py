@@ -8,8 +8,8 @@ from diffsynth_core.config.choices import ENCODER_DTYPES
 from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.generation.plan import Generation
-from diffsynth_core.planning.memory import frozen_bytes
-from diffsynth_core.planning.memory_config import device_and_precision
+from diffsynth_core.planning.memory.estimate import frozen_bytes
+from diffsynth_core.planning.memory.memory_config import device_and_precision
 
 Storage = Mapping[str, str]
 """Component -> the weight store that keeps its weights, where it is not that of the plan."""

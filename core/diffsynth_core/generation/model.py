@@ -15,10 +15,10 @@ from diffsynth_core.hub.model_folder import model_folder
 from diffsynth_core.models.recognition import component_at, recognize_component
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
-from diffsynth_core.planning.lora_files import find_fused_lora
-from diffsynth_core.planning.model_plan import ModelPlan
-from diffsynth_core.planning.replaced import drop_replaced_entries, local_components
+from diffsynth_core.planning.model.components import find_components, shape_faults, stored_shares
+from diffsynth_core.planning.model.lora_files import find_fused_lora
+from diffsynth_core.planning.model.model_plan import ModelPlan
+from diffsynth_core.planning.model.replaced import drop_replaced_entries, local_components
 from diffsynth_core.weights.base_files import Part, read_parts
 from diffsynth_core.weights.lora_keys import is_lora_key
 

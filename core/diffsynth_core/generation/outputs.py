@@ -17,8 +17,8 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import atomic_write
 from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.hub.identity import IDENTITIES, HashCache
-from diffsynth_core.planning.jobs import GenerationJob
-from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.drawing.jobs import GenerationJob
+from diffsynth_core.planning.model.model_plan import ModelPlan
 from diffsynth_core.progress import Reporter
 
 TEXT, DETAILS = "parameters", "diffsynth"

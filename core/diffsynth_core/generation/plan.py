@@ -26,16 +26,16 @@ from diffsynth_core.hub.model_files import missing_in_one
 from diffsynth_core.models.registry import image_inputs
 from diffsynth_core.models.spec import Variant
 from diffsynth_core.models.weight_store import find_store
-from diffsynth_core.planning.dataset_prompts import prompts_of_dataset
-from diffsynth_core.planning.device import choose_device, choose_precision
-from diffsynth_core.planning.jobs import AppliedLora, ImageSize, JobDefaults, SamplingChoice
-from diffsynth_core.planning.model_plan import ModelPlan
-from diffsynth_core.planning.output import cache_faults, folder_faults
+from diffsynth_core.planning.drawing.dataset_prompts import prompts_of_dataset
+from diffsynth_core.planning.drawing.jobs import AppliedLora, ImageSize, JobDefaults, SamplingChoice
+from diffsynth_core.planning.drawing.prompt_images import ImageChecks
+from diffsynth_core.planning.drawing.prompts import PromptRow, read_prompts, rows_of_options
+from diffsynth_core.planning.machine.device import choose_device, choose_precision
+from diffsynth_core.planning.model.model_plan import ModelPlan
+from diffsynth_core.planning.model.required_files import files_of_stages
+from diffsynth_core.planning.model.storage import storage_flag
+from diffsynth_core.planning.output.folder import cache_faults, folder_faults
 from diffsynth_core.planning.plan import Machine
-from diffsynth_core.planning.prompt_images import ImageChecks
-from diffsynth_core.planning.prompts import PromptRow, read_prompts, rows_of_options
-from diffsynth_core.planning.required_files import files_of_stages
-from diffsynth_core.planning.storage import storage_flag
 
 T = TypeVar("T")
 OUTPUTS = Path("generated")

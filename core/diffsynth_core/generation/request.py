@@ -12,7 +12,7 @@ from diffsynth_core.config.parameters import DEFAULTS, SETTINGS
 from diffsynth_core.config.quant_options import rename_entries
 from diffsynth_core.config.resolve import Resolved, resolve_recorded, resolve_stages
 from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, report
-from diffsynth_core.planning.jobs import SamplingChoice
+from diffsynth_core.planning.drawing.jobs import SamplingChoice
 
 MODEL_SOURCES = ("recipe", "config", "only")
 """Parameters that `--run` replaces."""

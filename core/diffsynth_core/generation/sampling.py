@@ -12,7 +12,7 @@ from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import Variant
-from diffsynth_core.planning.jobs import GenerationJob
+from diffsynth_core.planning.drawing.jobs import GenerationJob
 
 Predict = Callable[[Tensor, Tensor, Sequence[Encoded]], list[Tensor]]
 """(latents `[1, C, F, h, w]` float32, sigma `[1]` float32, batches) -> predicted noise - latents with each of them."""

@@ -11,12 +11,12 @@ from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.files import write_text
-from diffsynth_core.planning.fit_options import memory_options
-from diffsynth_core.planning.fitted import HOST_SHARE, LEAST_HOST_BYTES, assumed_host_bytes
-from diffsynth_core.planning.fitting import TIGHT_BYTES, FitSearch, MemoryFit, engine_fits
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.fit_options import memory_options
+from diffsynth_core.planning.memory.fitted import HOST_SHARE, LEAST_HOST_BYTES, assumed_host_bytes
+from diffsynth_core.planning.memory.fitting import TIGHT_BYTES, FitSearch, MemoryFit, engine_fits
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter, format_memory
 
 PAGE = "gpu_memory.md"

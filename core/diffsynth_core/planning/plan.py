@@ -13,35 +13,35 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem, collect_problems, report, report_missing
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
-from diffsynth_core.planning.attention import attention_problems
-from diffsynth_core.planning.block_swap import with_number_of_blocks
-from diffsynth_core.planning.compilation import compilation_problems, contradictions
-from diffsynth_core.planning.components import find_components, shape_faults, stored_shares
-from diffsynth_core.planning.dataset import missing_dataset, read_dataset
-from diffsynth_core.planning.device import choose_device, choose_precision, noise_problems, operations_in_tf32
-from diffsynth_core.planning.encodings_plan import EncodingsPlan
-from diffsynth_core.planning.engines import REPLICATED, EngineChoice, engine_problems
-from diffsynth_core.planning.held_out import read_held_out, share_to_hold_out, validation_problems
-from diffsynth_core.planning.jobs import GenerationJob
-from diffsynth_core.planning.lora_files import find_fused_lora
-from diffsynth_core.planning.mirror import mirror_problems
-from diffsynth_core.planning.model_plan import ModelPlan
-from diffsynth_core.planning.optimizer_choice import (
+from diffsynth_core.planning.data.dataset import missing_dataset, read_dataset
+from diffsynth_core.planning.data.encodings_plan import EncodingsPlan
+from diffsynth_core.planning.data.held_out import read_held_out, share_to_hold_out, validation_problems
+from diffsynth_core.planning.data.two_stage import check_precompute_output, find_encoded, known_origin
+from diffsynth_core.planning.drawing.jobs import GenerationJob
+from diffsynth_core.planning.drawing.previews import plan_previews, preview_option_problems
+from diffsynth_core.planning.machine.attention import attention_problems
+from diffsynth_core.planning.machine.compilation import compilation_problems, contradictions
+from diffsynth_core.planning.machine.device import choose_device, choose_precision, noise_problems, operations_in_tf32
+from diffsynth_core.planning.machine.engines import REPLICATED, EngineChoice, engine_problems
+from diffsynth_core.planning.memory.block_swap import with_number_of_blocks
+from diffsynth_core.planning.model.components import find_components, shape_faults, stored_shares
+from diffsynth_core.planning.model.lora_files import find_fused_lora
+from diffsynth_core.planning.model.model_plan import ModelPlan
+from diffsynth_core.planning.model.replaced import drop_replaced_entries
+from diffsynth_core.planning.output.folder import ResumePoint, cache_faults, check_output, dataset_fingerprint
+from diffsynth_core.planning.output.mirror import mirror_problems
+from diffsynth_core.planning.output.trackers import tracker_problems
+from diffsynth_core.planning.output.uploads import upload_problems
+from diffsynth_core.planning.probing import probe_problems, profile_problems
+from diffsynth_core.planning.training.optimizer_choice import (
     OptimizerChoice,
     choose_optimizer,
     rate_warnings,
     with_kernel,
 )
-from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
-from diffsynth_core.planning.previews import plan_previews, preview_option_problems
-from diffsynth_core.planning.probing import probe_problems, profile_problems
-from diffsynth_core.planning.recomputation import recomputation_problems
-from diffsynth_core.planning.replaced import drop_replaced_entries
-from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
-from diffsynth_core.planning.trackers import tracker_problems
-from diffsynth_core.planning.two_stage import check_precompute_output, find_encoded, known_origin
-from diffsynth_core.planning.updates import dtype_problems, update_problems
-from diffsynth_core.planning.uploads import upload_problems
+from diffsynth_core.planning.training.recomputation import recomputation_problems
+from diffsynth_core.planning.training.targets import NOTHING_TRAINS, Training, find_training
+from diffsynth_core.planning.training.updates import dtype_problems, update_problems
 from diffsynth_core.progress import Reporter
 
 

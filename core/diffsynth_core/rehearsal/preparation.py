@@ -15,8 +15,8 @@ from diffsynth_core.models.registry import (
     unknown_family,
 )
 from diffsynth_core.models.spec import Variant
-from diffsynth_core.planning.file_assignment import refused_models
-from diffsynth_core.planning.replaced import drop_replaced_entries
+from diffsynth_core.planning.model.file_assignment import refused_models
+from diffsynth_core.planning.model.replaced import drop_replaced_entries
 from diffsynth_core.progress import Reporter
 from diffsynth_core.rehearsal.tiny_models import WEIGHTS_VERSION, family_of, named_models, swap_models, variant_of
 

@@ -12,8 +12,8 @@ from diffsynth_core.checkpoints.run_folder import read_record
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import make_numbered_folder
-from diffsynth_core.planning.encodings import plan_encodings
-from diffsynth_core.planning.output import REPEAT_REHEARSAL
+from diffsynth_core.planning.data.encodings import plan_encodings
+from diffsynth_core.planning.output.folder import REPEAT_REHEARSAL
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.rehearsal.preparation import prepare

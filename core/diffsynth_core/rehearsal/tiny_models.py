@@ -17,7 +17,7 @@ from diffsynth_core.models.bases import shapes_in
 from diffsynth_core.models.recognition import component_at, family_of_model, recognize, recognize_family
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Variant
-from diffsynth_core.planning.file_assignment import FoundPart, read_file_set
+from diffsynth_core.planning.model.file_assignment import FoundPart, read_file_set
 
 WEIGHTS_VERSION = 5
 """Incremented when the tiny weights change, so that older ones are not reused."""

@@ -17,15 +17,15 @@ from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime, raise_
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.disk import packed_bytes
-from diffsynth_core.planning.encoder_inputs import check_encoded, load_input, load_tokenizers
-from diffsynth_core.planning.encoding_batches import EncodingBatches
-from diffsynth_core.planning.encoding_keys import hash_cache, inputs_of
-from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef
-from diffsynth_core.planning.loading import free_device_memory
-from diffsynth_core.planning.output import folder_faults
+from diffsynth_core.planning.data.encoder_inputs import check_encoded, load_input, load_tokenizers
+from diffsynth_core.planning.data.encoding_batches import EncodingBatches
+from diffsynth_core.planning.data.encoding_keys import hash_cache, inputs_of
+from diffsynth_core.planning.data.encodings_plan import EncoderPlan, EncodingRef
+from diffsynth_core.planning.memory.disk import packed_bytes
+from diffsynth_core.planning.memory.sizes import largest_batch
+from diffsynth_core.planning.model.loading import free_device_memory
+from diffsynth_core.planning.output.folder import folder_faults
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import largest_batch
 from diffsynth_core.progress import Reporter, pluralize, verb
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.loading import load_for_run

@@ -9,10 +9,10 @@ from torch.utils.data import Dataset
 from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.data.captions import draw_choice
 from diffsynth_core.models.family import Encoded
-from diffsynth_core.planning.encodings_plan import EncoderPlan
-from diffsynth_core.planning.memory import KEPT_ENCODINGS
+from diffsynth_core.planning.data.encodings_plan import EncoderPlan
+from diffsynth_core.planning.memory.estimate import KEPT_ENCODINGS
+from diffsynth_core.planning.memory.sizes import largest_batch
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import largest_batch
 from diffsynth_core.training.encode import load_columns
 from diffsynth_core.training.timesteps import Band
 from diffsynth_core.training.workers import iterate

@@ -7,8 +7,8 @@ from diffsynth_core.adapters.tensors import Place, place
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.loading import module_shapes
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup
-from diffsynth_core.planning.loading import load_planned
-from diffsynth_core.planning.packed import packed_weights
+from diffsynth_core.planning.model.loading import load_planned
+from diffsynth_core.planning.model.packed import packed_weights
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter
 

@@ -27,14 +27,14 @@ from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, LoopState
 from diffsynth_core.checkpoints.state import save_state
 from diffsynth_core.errors import DiffSynthError, Interrupted, OutOfTime
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.disk import assumed_save_seconds
-from diffsynth_core.planning.memory import device_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.drawing.preview_steps import preview_is_due
+from diffsynth_core.planning.memory.disk import assumed_save_seconds
+from diffsynth_core.planning.memory.estimate import device_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
+from diffsynth_core.planning.output.saves import checkpoint_is_due, state_is_due
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.preview_steps import preview_is_due
-from diffsynth_core.planning.saves import checkpoint_is_due, state_is_due
-from diffsynth_core.planning.sizes import find_workload
-from diffsynth_core.planning.validation import validation_is_due
+from diffsynth_core.planning.training.validation import validation_is_due
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.stop import StopRequest, out_of_time_before_first_step
 from diffsynth_core.training.checkpointing import checkpoint_content, write_checkpoint

@@ -16,9 +16,9 @@ from diffsynth_core.host_memory import to_device
 from diffsynth_core.models.compilation import compile_blocks
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
-from diffsynth_core.planning.activations import component_setup
-from diffsynth_core.planning.block_swap import trained_blocks
-from diffsynth_core.planning.encoder_inputs import load_tokenizers, scale_pixels
+from diffsynth_core.planning.data.encoder_inputs import load_tokenizers, scale_pixels
+from diffsynth_core.planning.memory.activations import component_setup
+from diffsynth_core.planning.memory.block_swap import trained_blocks
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.activations import OffloadActivations

@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffsynth_core.planning.disk import SaveSeconds
+from diffsynth_core.planning.drawing.preview_steps import count_drawings
+from diffsynth_core.planning.memory.disk import SaveSeconds
+from diffsynth_core.planning.output.saves import count_checkpoints, count_states, save_interval, state_interval
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.preview_steps import count_drawings
-from diffsynth_core.planning.saves import count_checkpoints, count_states, save_interval, state_interval
-from diffsynth_core.planning.validation import count_validations
+from diffsynth_core.planning.training.validation import count_validations
 from diffsynth_core.progress import format_duration
 
 

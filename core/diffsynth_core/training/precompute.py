@@ -23,10 +23,10 @@ from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.loading import module_shapes
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.encodings_plan import EncoderPlan
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.data.encodings_plan import EncoderPlan
+from diffsynth_core.planning.data.two_stage import encoding_components, known_origin
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.two_stage import encoding_components, known_origin
 from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache

@@ -19,7 +19,7 @@ from diffsynth_core.generation.outputs import FileFacts, details, parameter_text
 from diffsynth_core.generation.sampling import Sampler, as_uint8, batch_of, decode_pixels, start_sampler
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.loading import free_device_memory, load_planned
+from diffsynth_core.planning.model.loading import free_device_memory, load_planned
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.stop import StopRequest, interrupted_before_first_step

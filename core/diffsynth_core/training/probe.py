@@ -9,12 +9,12 @@ import torch
 
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.disk import assumed_save_seconds
-from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.memory import device_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.memory.disk import assumed_save_seconds
+from diffsynth_core.planning.memory.estimate import device_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload, largest_batch
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import find_workload, largest_batch
 from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import EncodingSpeed, measure_encoders

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
-from diffsynth_core.planning.host_memory import available_bytes
+from diffsynth_core.planning.memory.host_memory import available_bytes
 
 CHUNK_BYTES = 16 * 2**20
 

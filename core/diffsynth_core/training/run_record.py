@@ -14,8 +14,8 @@ from diffsynth_core.checkpoints.run_folder import (
     recorded_steps,
 )
 from diffsynth_core.config.parameters import as_plain
+from diffsynth_core.planning.output.trackers import chosen_trackers
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.trackers import chosen_trackers
 from diffsynth_core.progress import Reporter
 from diffsynth_core.training.machines import of_first
 

@@ -19,11 +19,11 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.optimizers.averaging import AveragedOptimizer
 from diffsynth_core.optimizers.per_parameter import WHOLE, PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
-from diffsynth_core.planning.block_swap import trained_blocks
-from diffsynth_core.planning.encodings import with_encodings
-from diffsynth_core.planning.engines import SHARDING_VARIABLES
+from diffsynth_core.planning.data.encodings import with_encodings
+from diffsynth_core.planning.machine.engines import SHARDING_VARIABLES
+from diffsynth_core.planning.memory.block_swap import trained_blocks
+from diffsynth_core.planning.memory.sizes import check_compilations
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import check_compilations
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.encode import fill_cache

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.planning.fitting import alternatives
-from diffsynth_core.planning.loading import free_device_memory
-from diffsynth_core.planning.memory import count_parameters, state_on_device, training_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.estimate import count_parameters, state_on_device, training_memory
+from diffsynth_core.planning.memory.fitting import alternatives
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload, sizes_of_sample
+from diffsynth_core.planning.model.loading import free_device_memory
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
 from diffsynth_core.progress import Reporter, format_memory, pluralize
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.loader import MicroBatch, load_largest_micro_batch

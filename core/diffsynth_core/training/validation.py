@@ -8,7 +8,7 @@ import torch
 
 from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.validation import count_bands, held_out_batches
+from diffsynth_core.planning.training.validation import count_bands, held_out_batches
 from diffsynth_core.training.engines.engine import Engine
 from diffsynth_core.training.loader import MicroBatch, MicroBatches
 from diffsynth_core.training.observers.observer import ValidationReport

@@ -17,7 +17,7 @@ from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.rows import read_rows
 from diffsynth_core.data.samples import Sample, build_samples
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
-from diffsynth_core.planning.output import dataset_fingerprint
+from diffsynth_core.planning.output.folder import dataset_fingerprint
 from diffsynth_core.progress import SilentReporter
 from tests.naming import names
 

@@ -16,9 +16,9 @@ from diffsynth_core.generation.encoding import encode_jobs
 from diffsynth_core.generation.generate import generate
 from diffsynth_core.generation.generation_plan import GenerationPlan
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.planning.encodings import plan_encodings
-from diffsynth_core.planning.jobs import GenerationJob
+from diffsynth_core.planning.data.encodings import plan_encodings
+from diffsynth_core.planning.drawing.jobs import GenerationJob
+from diffsynth_core.planning.model.components import find_components
 from diffsynth_core.planning.plan import Machine, make_plan
 from diffsynth_core.progress import SilentReporter, SilentTask
 from diffsynth_core.stop import StopRequest

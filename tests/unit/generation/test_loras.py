@@ -15,9 +15,9 @@ from diffsynth_core.adapters.lora import lora_layers
 from diffsynth_core.generation.loras import lora_setup, merged_differences, set_loras
 from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.jobs import AppliedLora, GenerationJob
-from diffsynth_core.planning.lora_files import read_lora_of, tensor_shapes
-from diffsynth_core.planning.model_plan import ModelPlan
+from diffsynth_core.planning.drawing.jobs import AppliedLora, GenerationJob
+from diffsynth_core.planning.model.lora_files import read_lora_of, tensor_shapes
+from diffsynth_core.planning.model.model_plan import ModelPlan
 from diffsynth_core.progress import SilentReporter
 from tests.loras import FORMATS, TinyFamily, random_lora, save_lora
 

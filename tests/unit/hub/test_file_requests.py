@@ -7,7 +7,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.hub.client import Repository
 from diffsynth_core.hub.file_requests import FileRequest, RepoFiles, absent, paths_below
 from diffsynth_core.models.wan.spec import CONVERTED, WAN
-from diffsynth_core.planning.required_files import (
+from diffsynth_core.planning.model.required_files import (
     download_hint,
     files_of_entry,
     files_of_recipe,

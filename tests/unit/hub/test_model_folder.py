@@ -6,7 +6,7 @@ from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.hub.client import Repository
 from diffsynth_core.hub.model_files import expand_entry, locate_folder
 from diffsynth_core.hub.model_folder import is_shipped, model_folder, shipped_folder
-from diffsynth_core.planning.required_files import files_of_recipe
+from diffsynth_core.planning.model.required_files import files_of_recipe
 
 SHIPPED = "diffsynth/shapes"
 

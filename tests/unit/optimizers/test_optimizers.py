@@ -13,9 +13,14 @@ from diffsynth_core.checkpoints.state import restore_state, save_state, state_of
 from diffsynth_core.config.origins import DEFAULT
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import collect_problems
-from diffsynth_core.planning.fit_options import OTHER_OPTIMIZERS
-from diffsynth_core.planning.optimizer_choice import OptimizerChoice, choose_optimizer, rate_warnings, with_kernel
-from diffsynth_core.planning.optimizers import OPTIMIZERS
+from diffsynth_core.planning.memory.fit_options import OTHER_OPTIMIZERS
+from diffsynth_core.planning.training.optimizer_choice import (
+    OptimizerChoice,
+    choose_optimizer,
+    rate_warnings,
+    with_kernel,
+)
+from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 from diffsynth_core.weights.headers import read_header
 
 SHAPES = {"lora_A": (4, 48), "lora_B": (40, 4), "matrix": (96, 50), "bias": (96,), "conv": (6, 3, 2, 2, 1)}
@@ -206,7 +211,7 @@ def test_no_package_is_imported_for_the_default(run_python):
     code = (
         "import sys, torch; from torch import nn\n"
         "from diffsynth_core.adapters.lora import add_lora\n"
-        "from diffsynth_core.planning.optimizer_choice import OptimizerChoice\n"
+        "from diffsynth_core.planning.training.optimizer_choice import OptimizerChoice\n"
         "model = nn.Sequential(nn.Linear(2, 2)); add_lora(model, ['0'], 1, 0)\n"
         "OptimizerChoice().build(0.1, model.parameters())\n"
         "print([name for name in ('bitsandbytes', 'pytorch_optimizer') if sys.modules.get(name)])"

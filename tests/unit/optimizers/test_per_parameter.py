@@ -11,8 +11,8 @@ from diffsynth_core.checkpoints.saved_states import OPTIMIZER
 from diffsynth_core.optimizers.averaging import AveragedOptimizer
 from diffsynth_core.optimizers.per_parameter import PerParameterOptimizer
 from diffsynth_core.optimizers.stochastic_rounding import RoundedOptimizer
-from diffsynth_core.planning.optimizer_choice import OptimizerChoice
-from diffsynth_core.planning.optimizers import OPTIMIZERS
+from diffsynth_core.planning.training.optimizer_choice import OptimizerChoice
+from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 from tests.unit.optimizers.test_optimizers import RATES, SHAPES, restore, save, trained
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.optimizers.stochastic_rounding import CHUNK, RoundedOptimizer, round_stochastically
-from diffsynth_core.planning.optimizer_choice import OptimizerChoice
-from diffsynth_core.planning.optimizers import OPTIMIZERS
+from diffsynth_core.planning.training.optimizer_choice import OptimizerChoice
+from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 from diffsynth_core.randomness import _mix
 from tests.unit.optimizers.test_optimizers import GOAL, SHAPES, restore, save, trained
 

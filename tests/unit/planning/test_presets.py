@@ -7,10 +7,10 @@ import pytest
 from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.config.recipes import load_recipe, recipe_folder, recipe_names
 from diffsynth_core.planning.documents import PAGE, fits_on, plan_of_recipe
-from diffsynth_core.planning.memory import device_memory
-from diffsynth_core.planning.memory_config import memory_config
+from diffsynth_core.planning.memory.estimate import device_memory
+from diffsynth_core.planning.memory.memory_config import memory_config
+from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.presets import PRESETS, preset_name, preset_text
-from diffsynth_core.planning.sizes import find_workload
 
 ALL = [(recipe, size) for recipe, sizes in PRESETS.items() for size in sizes]
 QUICK = (("flux.1-dev-lora", "24GB"), ("qwen-image-full", "24GB"))

@@ -13,7 +13,7 @@ from diffsynth_core.adapters.lora import add_lora
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Layout
-from diffsynth_core.planning.targets import Training
+from diffsynth_core.planning.training.targets import Training
 from diffsynth_core.training.checkpointing import checkpoint_content
 from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
 

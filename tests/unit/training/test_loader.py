@@ -10,8 +10,8 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.batches import BatchPlan, SampleRef, StepPlan
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.samples import SampleSet
-from diffsynth_core.planning.encodings_plan import EncoderPlan, EncodingRef, EncodingsPlan
-from diffsynth_core.planning.output import ResumePoint
+from diffsynth_core.planning.data.encodings_plan import EncoderPlan, EncodingRef, EncodingsPlan
+from diffsynth_core.planning.output.folder import ResumePoint
 from diffsynth_core.planning.plan import DataPlan, Machine, OutputPlan, RunPlan
 from diffsynth_core.training import loader
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches

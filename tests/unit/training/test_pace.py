@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffsynth_core.planning.disk import SaveSeconds
+from diffsynth_core.planning.memory.disk import SaveSeconds
 from diffsynth_core.training import pace
 from diffsynth_core.training.pace import Pace
 

@@ -7,7 +7,7 @@ import pytest
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.planning.encodings import with_encodings
+from diffsynth_core.planning.data.encodings import with_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest

@@ -9,7 +9,7 @@ from diffsynth_core.training.engines.engine import Engine
 class DividingEngine(Engine):
     """An engine each process of which updates a part of the trained numbers, so that all are needed to save.
 
-    It refuses float16, which scales the loss by whole gradients (`planning/engines.py`).
+    It refuses float16, which scales the loss by whole gradients (`planning/machine/engines.py`).
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -20,7 +20,7 @@ from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.optimizers.averaging import average_of, averages_in_place
 from diffsynth_core.optimizers.names import UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
-from diffsynth_core.planning.engines import EngineChoice
+from diffsynth_core.planning.machine.engines import EngineChoice
 from diffsynth_core.training.engines.dividing import DividingEngine
 from diffsynth_core.training.engines.gradients import norm_of
 from diffsynth_core.training.engines.sending import read_and_send

@@ -24,8 +24,8 @@ from diffsynth_core.checkpoints.state import StateTensors, optimizer_values, res
 from diffsynth_core.host_memory import return_freed_memory
 from diffsynth_core.optimizers.names import AVERAGE, UPDATE
 from diffsynth_core.optimizers.per_parameter import MakeOptimizer
-from diffsynth_core.planning.engines import EngineChoice
-from diffsynth_core.planning.sharding import REDUCE_BUCKET
+from diffsynth_core.planning.machine.engines import EngineChoice
+from diffsynth_core.planning.memory.sharding import REDUCE_BUCKET
 from diffsynth_core.training.engines.dividing import DividingEngine
 from diffsynth_core.training.engines.sending import read_and_send
 from diffsynth_core.training.loader import MicroBatch

@@ -15,8 +15,8 @@ from diffsynth_core.checkpoints.run_folder import METRICS, RunRecord, preview_fo
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.json_files import read_json_lines
+from diffsynth_core.planning.memory.trained_sizes import count_trained
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.trained_sizes import count_trained
 from diffsynth_core.progress import format_count, pluralize
 
 SHEET = "previews.jpg"

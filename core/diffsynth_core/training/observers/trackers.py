@@ -15,8 +15,8 @@ from diffsynth_core.checkpoints.run_folder import CSV_FILE, TENSORBOARD, RunReco
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.files import LineFile, write_text
+from diffsynth_core.planning.output.trackers import chosen_trackers
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.planning.trackers import chosen_trackers
 from diffsynth_core.progress import Reporter
 from diffsynth_core.training.observers.metrics import metrics_of, metrics_of_validation
 from diffsynth_core.training.observers.observer import Observer, StepReport, ValidationReport

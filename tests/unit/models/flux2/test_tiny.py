@@ -16,7 +16,7 @@ from diffsynth_core.models.flux2.components import build, config_of, load_tokeni
 from diffsynth_core.models.flux2.encode import apply_template
 from diffsynth_core.models.flux2.tiny import TinySizes, write_tiny_weights
 from diffsynth_core.models.spec import ComponentFiles
-from diffsynth_core.planning.components import find_components, shape_faults
+from diffsynth_core.planning.model.components import find_components, shape_faults
 
 FILE_PATTERNS = {
     "dit": "transformer/*.safetensors",

@@ -16,7 +16,7 @@ from diffsynth_core.models.qwen_image.encode import (
 )
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
 from diffsynth_core.models.qwen_image.tiny import write_tiny_weights
-from diffsynth_core.planning.tokenizers import find_tokenizers
+from diffsynth_core.planning.model.tokenizers import find_tokenizers
 
 SHARDS = "transformer/diffusion_pytorch_model*.safetensors"
 

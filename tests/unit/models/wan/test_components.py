@@ -21,7 +21,7 @@ from diffsynth_core.models.wan.components import (
     infer_vae,
     load_tokenizer,
 )
-from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.model.components import find_components
 from diffsynth_core.weights.key_maps import TableMap
 
 TRANSFORMER = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}

@@ -1,0 +1,1 @@
+"""The samples of a run and what encoders make of them."""

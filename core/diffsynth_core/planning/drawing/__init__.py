@@ -1,0 +1,1 @@
+"""What is drawn, by `generate` and by the previews of a run."""

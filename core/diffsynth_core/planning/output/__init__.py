@@ -1,0 +1,1 @@
+"""What a run writes and where: its folder, when it saves, trackers and copies elsewhere."""

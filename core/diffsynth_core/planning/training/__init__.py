@@ -1,0 +1,1 @@
+"""What a run trains, and how its weights are updated."""
