@@ -1,11 +1,14 @@
 """Every engine trains in two processes what one process trains with accumulation."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.training import loop
+from diffsynth_core.training.loader import MicroBatch
 from tests.runs.engines import (
     CHANGES,
     CONTROLNET,
@@ -107,6 +110,59 @@ def test_an_engine_trains_what_one_process_does(place, engine, cases):
         losses, weights = difference(place.reference(case), output)
         print(f"{engine}, {case}: losses off by {losses:.1e}, weights by {weights:.1e}")
         assert losses < 1e-5 and weights < 1e-5
+
+
+BF16 = ("--mixed_precision", "bf16")
+IN_BF16: list[Case] = [
+    ("qwen-image", "lora", BF16),
+    ("qwen-image", "full", BF16),
+    ("qwen-image", "full", (*BF16, "--trained_dtype", "bf16")),
+]
+
+
+def _joined(fetched: list[MicroBatch], size: int) -> list[MicroBatch]:
+    """Return the same samples, which have the same shape, in micro-batches of another size."""
+    pieces = [fetched[start : start + size] for start in range(0, len(fetched), size)]
+    joined = [
+        {name: sum((getattr(one, name) for one in piece), ()) for name in ("refs", "encoded", "raw")}
+        for piece in pieces
+    ]
+    return [replace(piece[0], **parts) for piece, parts in zip(pieces, joined, strict=True)]
+
+
+@pytest.fixture
+def noise(place, monkeypatch) -> Callable[[Case], tuple[float, float]]:
+    """What one process differs from itself if it computes two or all samples of a step together, so that sums have
+    another order.
+    """
+
+    fetch = loop.Run._fetch
+
+    def measure(case: Case) -> tuple[float, float]:
+        found = []
+        for size in (2, 4):
+            with monkeypatch.context() as patch:
+                patch.setattr(loop.Run, "_fetch", lambda *asked, size=size: _joined(fetch(*asked), size))
+                output = place.train_alone(place.output(), *place.flags(case), "--gradient_accumulation_steps", "4")
+            found.append(difference(place.reference(case), output))
+        losses, weights = zip(*found, strict=True)
+        return max(losses), max(weights)
+
+    return measure
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ddp", *QUICK])
+def test_in_bf16_it_differs_no_more_than_one_process_does_in_another_order(place, noise, engine):
+    cases = [case for case in IN_BF16 if engine in ("ddp", "fsdp2") or "--trained_dtype" not in case[2]]
+    outputs = {case: place.folder / f"bf16-{engine}-{number}" for number, case in enumerate(cases)}
+    flags = {output: (*place.flags(case), "--gradient_accumulation_steps", "2") for case, output in outputs.items()}
+    place.train_in_two(engine, flags)
+    for case, output in outputs.items():
+        losses, weights = difference(place.reference(case), output)
+        of_losses, of_weights = noise(case)
+        print(f"{engine}, {case}: losses {losses:.1e} ({of_losses:.1e}), weights {weights:.1e} ({of_weights:.1e})")
+        assert losses <= 2 * of_losses and weights <= 2 * of_weights
 
 
 @pytest.mark.long
