@@ -1,16 +1,18 @@
-"""What every engine trains, and a program that trains all of it: `torchrun … -m tests.runs.engines CASES.json`.
+"""Two processes that train with any engine: `torchrun … -m tests.runs.engines FOLDER`; and what every engine trains.
 
-One start of the processes for many runs: most of its time is imports.
+They are started once for many runs, of which the first second would otherwise cost a minute of imports.
 """
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
-import torch
+import psutil
 from safetensors.torch import load_file
 
 from diffsynth_cli.main import main
@@ -22,6 +24,7 @@ ZERO, ZERO_SETTING = {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_DEEPSPEED
 ENGINES: Mapping[str, Mapping[str, str]] = {
     "ddp": {},
     "fsdp2": FSDP2,
+    "fsdp2 kept": {**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"},  # blocks stay gathered after the forward pass
     "fsdp2 offload": {**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"},
     "zero1": {**ZERO, f"{ZERO_SETTING}_ZERO_STAGE": "1"},
     "zero2": {**ZERO, f"{ZERO_SETTING}_ZERO_STAGE": "2"},
@@ -39,6 +42,10 @@ ENGINES: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Engines by title, and how the launcher asks its processes for them."""
+ENGINE_VARIABLES = {name for variables in ENGINES.values() for name in variables}
+RUNS_SECONDS = 900
+"""How long what is asked for at once may take."""
+POLL_SECONDS = 0.02
 COMMON = ("--device", "cpu", "--dataset_num_workers", "0", "--num_epochs", "1", "--dataset_repeat", "3")
 RECIPES = {
     "qwen-image": "qwen-image",
@@ -99,21 +106,72 @@ def train_here(runs: Mapping[Path, Sequence[str]]) -> None:
         assert code == 0, f"{output} ended with {code}"
 
 
-def train_in_processes(engine: str, runs: Mapping[Path, Sequence[str]], folder: Path, models: Path) -> None:
-    """Train all in processes that torchrun starts once; output folder -> flags."""
-    cases = folder / f"cases-{len(list(folder.iterdir()))}.json"
-    named = {str(output): list(flags) for output, flags in runs.items()}
-    cases.write_text(json.dumps({"variables": dict(ENGINES[engine]), "runs": named}))
-    launcher = ["torch.distributed.run", "--nproc_per_node", str(PROCESSES), "--standalone"]
-    process = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", __name__, str(cases)],
-        env=os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(models), "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert process.returncode == 0, process.stderr
+class TwoProcesses:
+    """Two processes that wait for runs. They are started for the first one, and again after one that failed."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: one for what they are asked and answer."""
+        self._folder, self._asked = folder, 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "TwoProcesses":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def train(self, engine: str, runs: Mapping[Path, Sequence[str]], models: Path) -> None:
+        """Train all with one engine, from the folder of this process; output folder -> flags.
+
+        Raises:
+            AssertionError: if one of them does not end with 0, with what the processes wrote.
+        """
+        if self._process is None:
+            self._start()
+        assert self._process
+        self._asked += 1
+        variables = {**ENGINES[engine], "DIFFSYNTH_MODEL_BASE_PATH": str(models)}
+        named = {str(output): [str(flag) for flag in flags] for output, flags in runs.items()}
+        content = json.dumps({"variables": variables, "runs": named, "folder": str(Path.cwd())})
+        written = self._folder / "asked.tmp"
+        written.write_text(content)
+        written.replace(self._folder / f"asked-{self._asked}.json")
+        answers = [self._folder / f"answer-{self._asked}-{rank}" for rank in range(PROCESSES)]
+        ends = time.monotonic() + RUNS_SECONDS
+        while not all(answer.exists() for answer in answers):
+            if self._process.poll() is not None or time.monotonic() > ends:
+                self._end()
+                raise AssertionError((self._folder / "said").read_text()[-10_000:])
+            time.sleep(POLL_SECONDS)
+
+    def _start(self) -> None:
+        launcher = ["torch.distributed.run", "--nproc_per_node", str(PROCESSES), "--standalone"]
+        with (self._folder / "said").open("wb") as said:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    *launcher,
+                    "-m",
+                    __name__,
+                    str(self._folder),
+                    str(self._asked),
+                    str(os.getpid()),
+                ],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
+
+    def _end(self) -> None:
+        if self._process:
+            self._process.terminate()
+            self._process.wait(60)
+            self._process = None
 
 
 def losses_of(output: Path) -> list[float]:
@@ -135,16 +193,24 @@ def difference(one: Path, other: Path) -> tuple[float, float]:
     return max(losses), max(weights)
 
 
-def train_cases(path: Path) -> None:
-    cases = json.loads(path.read_text())
-    for output, flags in cases["runs"].items():
-        os.environ |= cases["variables"]
-        train_here({Path(output): flags})
+def serve(folder: Path, number: int, asking: int) -> None:
+    """Train what is asked for in a folder, from request `number` + 1 on, while process `asking` lives."""
+    while True:
+        number += 1
+        asked = folder / f"asked-{number}.json"
+        while not asked.exists():
+            if not psutil.pid_exists(asking):
+                return
+            time.sleep(POLL_SECONDS)
+        content = json.loads(asked.read_text())
+        for name in ENGINE_VARIABLES:
+            os.environ.pop(name, None)
+        os.chdir(content["folder"])
+        for output, flags in content["runs"].items():
+            os.environ |= content["variables"]
+            train_here({Path(output): flags})
+        (folder / f"answer-{number}-{os.environ['RANK']}").touch()
 
 
 if __name__ == "__main__":
-    try:
-        train_cases(Path(sys.argv[1]))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    serve(Path(sys.argv[1]), *map(int, sys.argv[2:]))

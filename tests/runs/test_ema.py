@@ -209,20 +209,18 @@ def test_other_commands_read_averages_as_checkpoints(cli, train):
     assert outcome.code == 0, outcome.err
 
 
-@pytest.mark.slow
-def test_two_processes_average_what_one_does(train):
+def test_two_processes_average_what_one_does(train, train_in_two):
     flags = (*LORA, "--max_steps", 3)
-    two = train("two", *flags, "--num_processes", 2)
+    two = train_in_two("two", *COMMON, *flags)
     one = train("one", *flags, "--gradient_accumulation_steps", 2)
     check_close(two / "epoch-0.ema.safetensors", one / "epoch-0.ema.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
-def test_averages_of_sharded_weights_are_saved_and_validated(train, photographs, engine):
+def test_averages_of_sharded_weights_are_saved_and_validated(train, train_in_two, photographs, engine):
     """As in one process; training goes on with the weights."""
     flags = (*LORA, "--max_steps", 3, "--validation_split", photographs, "--validate_every", 1, "--evaluate_ema")
-    sharded = train("sharded", *flags, "--num_processes", 2, "--accelerate_config", engine)
+    sharded = train_in_two("sharded", *COMMON, *flags, engine=engine)
     one = train("one", *flags, "--gradient_accumulation_steps", 2)
     for kind in ("epoch-0", "epoch-0.ema"):
         check_close(sharded / f"{kind}.safetensors", one / f"{kind}.safetensors")

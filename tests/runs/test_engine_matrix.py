@@ -16,11 +16,11 @@ from tests.runs.engines import (
     OBJECTIVES,
     RECIPES,
     TASKS,
+    TwoProcesses,
     difference,
     flags_of,
     losses_of,
     train_here,
-    train_in_processes,
 )
 
 Case = tuple[str, str, tuple[str, ...]]
@@ -38,6 +38,7 @@ class Place:
     models: Path
     photographs: Path
     folder: Path
+    two_processes: TwoProcesses
     alone: dict[Case, Path] = field(default_factory=dict)
 
     def flags(self, case: Case) -> tuple[str, ...]:
@@ -58,7 +59,7 @@ class Place:
         return output
 
     def train_in_two(self, engine: str, cases: dict[Path, tuple[str, ...]]) -> None:
-        train_in_processes(engine, cases, self.folder, self.models)
+        self.two_processes.train(engine, cases, self.models)
 
     def reference(self, case: Case) -> Path:
         """The folder of a case in one process, which trains it once."""
@@ -69,7 +70,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(recipe_models, photographs, tmp_path_factory) -> Place:
+def place(recipe_models, photographs, two_processes, tmp_path_factory) -> Place:
     folder = tmp_path_factory.mktemp("engines")
     header, *rows = (photographs / "metadata.csv").read_text(encoding="utf-8").splitlines()
     for column in ("image", "video"):  # Wan takes images as clips of one frame
@@ -83,7 +84,7 @@ def place(recipe_models, photographs, tmp_path_factory) -> Place:
     (folder / "distilled.csv").write_text("\n".join([columns, *sampled]), encoding="utf-8")
     models = recipe_models(*(f"{RECIPES[family]}-{task}" for family, task, _ in CASES))
     load_family("qwen-image").write_tiny_weights(models, "controlnet", *CONTROLNET.split(":"))
-    return Place(models, photographs, folder)
+    return Place(models, photographs, folder, two_processes)
 
 
 QUICK = ("fsdp2", "zero2", "zero3")

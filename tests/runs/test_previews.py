@@ -258,15 +258,14 @@ def test_what_is_not_a_number_is_not_drawn(cli, photographs, monkeypatch):
     assert [text for text in reporter.warnings if "NaN" in text and "preview 1" in text and "dit" in text]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [None, "fsdp2", "zero3"])
-def test_processes_draw_together_what_one_does(train, tmp_path, engine):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_processes_draw_together_what_one_does(train, train_in_two, tmp_path, engine):
     """Of three previews, the second process draws one and a stand-in that does not count."""
     (tmp_path / "prompts.txt").write_text("a cat\na rocket on its launch pad\na cup\n")
     draw = ("--preview_prompts", tmp_path / "prompts.txt", *DRAW[2:])
-    flags = ("--num_processes", 2, *(("--accelerate_config", engine) if engine else ()), "--max_steps", 2)
-    without = train("without", *flags, "--learning_rate", 0.01)
-    folder = train("with", *flags, "--learning_rate", 0.01, *draw)
+    flags = (*RUN, "--max_steps", 2, "--learning_rate", 0.01)
+    without = train_in_two("without", *flags, engine=engine)
+    folder = train_in_two("with", *flags, *draw, engine=engine)
     assert_equal(tensors(folder), tensors(without))
     one = train("one", "--gradient_accumulation_steps", 2, "--max_steps", 2, "--learning_rate", 0.01, *draw)
     assert read_previews(folder) == read_previews(one) and len(read_previews(one)) == 3

@@ -52,7 +52,7 @@ def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[s
     )
 
 
-def train_in_two(flags: list[str], models: Path, folder: Path, accelerate: tuple[str, ...]) -> None:
+def launch_two(flags: list[str], models: Path, folder: Path, accelerate: tuple[str, ...]) -> None:
     process = launch(flags, models, folder, accelerate)
     reported, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -72,8 +72,10 @@ OURS, THEIRS = (("--num_processes", "2"), ()), (("--find_unused_parameters",), T
 
 
 @pytest.fixture(scope="module")
-def train(recipe_models, photographs, tmp_path_factory) -> Callable[..., dict[str, torch.Tensor]]:
-    """Train a recipe on the photographs, in one process with accumulation or in two; return its LoRA."""
+def train(recipe_models, photographs, two_processes, tmp_path_factory) -> Callable[..., dict[str, torch.Tensor]]:
+    """Train a recipe on the photographs, in one process with accumulation, by a launch, or else in the two that are
+    started once; return its LoRA.
+    """
     folder = tmp_path_factory.mktemp("processes")
     metadata = folder / "metadata.csv"  # Wan takes images as clips of one frame
     rows = (photographs / "metadata.csv").read_text(encoding="utf-8")
@@ -88,8 +90,10 @@ def train(recipe_models, photographs, tmp_path_factory) -> Callable[..., dict[st
         flags = ["--recipe", recipe, *RECIPES.get(recipe, ()), *dataset, *arguments, "--output_path", str(output)]
         if arguments[:2] == ACCUMULATING:
             train_here(flags, recipe_models(recipe))
+        elif accelerate or "--num_processes" in arguments:
+            launch_two(flags, recipe_models(recipe), folder, accelerate)
         else:
-            train_in_two(flags, recipe_models(recipe), folder, accelerate)
+            two_processes.train("ddp", {output: [*COMMON, *flags]}, recipe_models(recipe))
         return load_file(output / "epoch-0.safetensors")
 
     return run
@@ -123,7 +127,7 @@ IN_PARTS = ("--blocks_to_swap", "2", "--cpu_offload_split_threshold", "0")
 
 
 STATE_ON_HOST = ("--enable_optimizer_cpu_offload",)
-EIGHT_STEPS = ("--num_processes", "2", "--dataset_repeat", "4")
+EIGHT_STEPS = ("--dataset_repeat", "4")
 ON_HOST = (("qwen-image-lora", IN_PARTS), ("qwen-image-lora", STATE_ON_HOST), ("qwen-image-full", STATE_ON_HOST))
 """Blocks that train wait in host memory only with fused updates, which are of one process."""
 
@@ -149,7 +153,7 @@ def test_two_processes_share_stored_weights_and_drop_the_captions_that_one_drops
     assert 2 <= sum(dropped) <= 6, "some of the draws are without their caption"
     changed = (*stored, "--caption_dropout", "0.5")
     one = train("qwen-image-lora", (*ACCUMULATING, *changed))
-    two = train("qwen-image-lora", ("--num_processes", "2", *changed, *placed))
+    two = train("qwen-image-lora", (*changed, *placed))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
 
@@ -162,7 +166,7 @@ def test_two_processes_update_as_one_with_other_optimizers(train, name):
     """With a state in host memory, in two processes."""
     flags = ("--optimizer", name, "--learning_rate", "0.001")
     one = train("qwen-image-lora", (*ACCUMULATING, *flags))
-    two = train("qwen-image-lora", ("--num_processes", "2", *flags, "--enable_optimizer_cpu_offload"))
+    two = train("qwen-image-lora", (*flags, "--enable_optimizer_cpu_offload"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
@@ -170,7 +174,7 @@ def test_two_processes_train_weights_in_bf16_as_one_does(train):
     """They round the same numbers up and down: of all weights, few are off, and those by the distance of neighbors."""
     flags = ("--trained_dtype", "bf16", "--mixed_precision", "bf16", "--learning_rate", "0.001")
     one = train("qwen-image-full", (*ACCUMULATING, *flags))
-    two = train("qwen-image-full", ("--num_processes", "2", *flags))
+    two = train("qwen-image-full", flags)
     off = torch.cat([(one[name].float() - two[name].float()).abs().flatten() for name in one])
     print(f"{(off > 0).float().mean():.2%} of the weights differ, by at most {off.max():.1e}")
     assert (off > 0).float().mean() < 0.05 and off.max() < 0.02

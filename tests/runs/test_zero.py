@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.runs.engines import difference, train_in_processes
+from tests.runs.engines import difference
 from tests.runs.test_processes import ACCUMULATING, COMMON, launch, train_here
 
 CLUSTER = {
@@ -163,7 +163,9 @@ CONTINUED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", CONTINUED)
-def test_a_run_continues_from_one_process_in_two_and_back(recipe_models, flags, folder, monkeypatch, engine):
+def test_a_run_continues_from_one_process_in_two_and_back(
+    recipe_models, flags, folder, two_processes, monkeypatch, engine
+):
     """Its weights and optimizer are those of a run that never stopped."""
     monkeypatch.chdir(folder)
     models, name = recipe_models(LORA, FULL), f"continued-{engine.replace(' ', '-')}"
@@ -174,7 +176,7 @@ def test_a_run_continues_from_one_process_in_two_and_back(recipe_models, flags, 
 
     train_here([*steps(alone.name, 6), *ACCUMULATING], models)
     train_here([*steps(name, 2), *ACCUMULATING], models)
-    train_in_processes(engine, {output: [*COMMON, *steps(name, 4, "--resume", "auto")]}, folder, models)
+    two_processes.train(engine, {output: [*COMMON, *steps(name, 4, "--resume", "auto")]}, models)
     train_here([*steps(name, 6, "--resume", "auto"), *ACCUMULATING], models)
     losses, weights = difference(alone, output)
     print(f"{engine} between one process and one: losses off by {losses:.1e}, weights by {weights:.1e}")
