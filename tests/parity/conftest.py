@@ -57,6 +57,12 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tiny weights and encodings of rehearsals are made, once for all tests; none of them trains there."""
+    return tmp_path_factory.mktemp("rehearsals")
+
+
+@pytest.fixture(scope="session")
 def family():
     return load_family("qwen-image")
 

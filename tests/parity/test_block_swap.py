@@ -1,7 +1,5 @@
 """Gradients of each family with blocks in host memory, against those with all weights on the device."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,12 +7,6 @@ from diffsynth_core.adapters import swap as swapping
 from diffsynth_core.adapters.swap import swaps_of
 from diffsynth_core.models.shapes import layers_of_blocks
 from tests.parity.float8_runs import RECIPES, Step, plan_step
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings, shared by all tests."""
-    return tmp_path_factory.mktemp("swap")
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -1,7 +1,6 @@
 """Gradient checkpointing in each family: the same gradients, with less memory."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from torch.profiler import ProfilerActivity, profile
@@ -13,12 +12,6 @@ WAYS = {
     "recomputed": KEPT | {"use_gradient_checkpointing": True},
     "recomputed, inputs on the host": KEPT | {"use_gradient_checkpointing_offload": True},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings, shared by all tests."""
-    return tmp_path_factory.mktemp("checkpointing")
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

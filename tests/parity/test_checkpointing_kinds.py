@@ -1,7 +1,6 @@
 """Kinds of gradient checkpointing in each family: to the bit what a step computes that keeps all activations."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +20,6 @@ STEPS = 8
 KEPT = {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": False, "mixed_precision": "no",
         "width": 160, "height": 128, "max_pixels": 160 * 128}  # fmt: skip
 KINDS = ("nested", "keep_attention", "keep_every_2")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings, shared by all tests."""
-    return tmp_path_factory.mktemp("kinds")
 
 
 @pytest.fixture(scope="module")

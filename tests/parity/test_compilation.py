@@ -1,7 +1,5 @@
 """Compiled blocks of every family, and of stored weights: whole graphs, with the gradients of plain ones."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,12 +15,6 @@ CASES = [
     (family, method, False) for family, method in [*((family, None) for family in RECIPES), ("qwen-image", "int8")]
 ]
 CASES += [("qwen-image", "fp8", False), *((family, None, True) for family in RECIPES)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings, shared by all tests."""
-    return tmp_path_factory.mktemp("compilation")
 
 
 @pytest.mark.long

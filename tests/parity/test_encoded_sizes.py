@@ -38,11 +38,6 @@ TI2V_MARKS = 1e-3
 """Fraction of elements in masks of clean latent frames, which are not counted."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("encoded_sizes")
-
-
 @pytest.fixture(params=RECIPES)
 def plan(request: pytest.FixtureRequest, folder: Path) -> RunPlan:
     """The plan of a rehearsal with encoded samples."""

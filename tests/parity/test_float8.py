@@ -17,12 +17,6 @@ from tests.parity.float8_runs import RECIPES, Step, counting_saved, plan_step, r
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings, shared by all tests."""
-    return tmp_path_factory.mktemp("float8")
-
-
 def float8_count(module: torch.nn.Module) -> int:
     return sum(isinstance(layer, StoredLinear) for layer in module.modules())
 

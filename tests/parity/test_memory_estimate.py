@@ -187,12 +187,6 @@ def texts_of(step: Step) -> list[Mapping[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings are made once for all."""
-    return tmp_path_factory.mktemp("memory")
-
-
-@pytest.fixture(scope="module")
 def rows() -> Iterator[list[str]]:
     """The lines of the table, printed behind the last test, and written where that is asked for."""
     lines: list[str] = []

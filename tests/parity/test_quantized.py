@@ -3,7 +3,6 @@ LoRA, and the bytes that are planned.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +21,6 @@ CASES = [
     for family in RECIPES
     for method in ("fp8", "int8", "nf4")
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings, shared by all tests."""
-    return tmp_path_factory.mktemp("quantized")
 
 
 def dequantize(model: nn.Module) -> int:
