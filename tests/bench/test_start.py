@@ -3,6 +3,8 @@
 import statistics
 import sys
 
+import pytest
+
 from tests.bench.conftest import timed_process
 
 ROUNDS = 5
@@ -53,6 +55,7 @@ def test_a_second_run_starts_within_1_5_times_its_imports(start_to_first_step, b
     bench.at_most("a whole run of one cached step / its imports", ratio, 1.5)
 
 
+@pytest.mark.long
 def test_a_huge_repeat_costs_neither_time_nor_memory(start_to_first_step, bench):
     once, often = [], []
     for _ in range(bench.rounds(ROUNDS)):
