@@ -1,10 +1,8 @@
 """Shared fixtures: tiny models in the real file layout, a dataset of photographs, the command line in process."""
 
 import csv
-import gc
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -61,21 +59,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     patch.setenv("COLUMNS", "80")
     yield
     patch.undo()
-
-
-@pytest.fixture(autouse=True)
-def _imports_stay(frozen_modules: list[int]) -> Iterator[None]:
-    """Keep what was imported out of garbage collections: searching it each time takes a tenth of all tests."""
-    yield
-    if len(sys.modules) > frozen_modules[-1] + 200:
-        gc.freeze()
-        frozen_modules.append(len(sys.modules))
-
-
-@pytest.fixture(scope="session")
-def frozen_modules() -> list[int]:
-    """Numbers of modules at which garbage collections were told to pass over what there was."""
-    return [0]
 
 
 @pytest.fixture(scope="session")
