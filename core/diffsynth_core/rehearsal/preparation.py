@@ -11,9 +11,7 @@ from diffsynth_core.data.synthetic_images import draw_images
 from diffsynth_core.data.synthetic_videos import draw_clips
 from diffsynth_core.errors import Problem, collect_problems, list_names, report
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.models.registry import (
-    unknown_family,
-)
+from diffsynth_core.models.registry import unknown_family
 from diffsynth_core.models.spec import Variant
 from diffsynth_core.planning.model.file_assignment import refused_models
 from diffsynth_core.planning.model.replaced import drop_replaced_entries

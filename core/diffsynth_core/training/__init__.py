@@ -1,1 +1,1 @@
-"""Carrying out a plan: encoding, the one training loop, checkpoints, the rehearsal."""
+"""Carrying out a plan: encoding, the one training loop, what follows it, checkpoints, two-stage training."""

@@ -11,9 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
-from diffsynth_core.checkpoints.run_folder import (
-    read_record,
-)
+from diffsynth_core.checkpoints.run_folder import read_record
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.optimizers.averaging import AveragedOptimizer
