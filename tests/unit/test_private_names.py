@@ -27,7 +27,7 @@ USED = {
     ("core/diffsynth_core/training/activations.py", "_base"),
     ("core/diffsynth_core/training/engines/zero.py", "_get_norm_groups"),
     ("core/diffsynth_core/training/engines/zero.py", "_lazy_init_hp_params_optimizer_state"),
-    ("core/diffsynth_core/training/loop.py", "_reset_state"),
+    ("core/diffsynth_core/training/setup.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone
 }
 """Each has a comment where it is used, and a test below, which fails first if a package changes it; for the measurement
