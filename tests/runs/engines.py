@@ -62,6 +62,7 @@ TASKS = {
 
 QWEN_DIT = ENTRIES["dit"]
 CONTROLNET = "InstantX/Qwen-Image-ControlNet-Union:diffusion_pytorch_model.safetensors"
+NESTED = "nested checkpoints"
 CHANGES = {
     "one row over two processes": ("lora", ("--lora_rank", "1")),
     "clipped": ("lora", ("--max_grad_norm", "0.01")),
@@ -69,7 +70,8 @@ CHANGES = {
     "int8": ("lora", ("--quant_options", f"{QWEN_DIT}:int8")),
     "nf4": ("lora", ("--quant_options", f"{QWEN_DIT}:nf4")),
     "activations on the host": ("lora", ("--use_gradient_checkpointing_offload",)),
-    "nested checkpoints": ("lora", ("--checkpointing", "nested")),
+    NESTED: ("lora", ("--checkpointing", "nested")),
+    "attention kept": ("lora", ("--checkpointing", "keep_attention")),
     "every second block kept": ("lora", ("--checkpointing", "keep_every_2")),
     "averages": ("full", ("--ema_decay", "0.5")),
     "no checkpointing": ("full", ("--no-use_gradient_checkpointing",)),

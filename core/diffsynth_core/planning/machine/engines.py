@@ -338,6 +338,13 @@ EXCLUSIONS = (
         hint="remove it, or use ZeRO-2 (`--accelerate_config zero2`)",
         engines=("fsdp2", "zero3"),
     ),
+    Exclusion(
+        applies=lambda parameters, optimizer, precision: parameters.checkpointing == "nested",
+        what="`checkpointing` `nested`",
+        why="recomputes parts of a block once more, when {engine} no longer holds their weights",
+        hint="pass `--checkpointing full`, or shard with FSDP2 (`--accelerate_config fsdp2`)",
+        engines=("zero3",),
+    ),
 )
 """The pairs that are refused; the others are run by tests/runs/test_engine_matrix.py."""
 

@@ -190,9 +190,10 @@ def test_what_parts_of_tensors_cannot_be_trained_with_is_refused(name, flags, wh
         ("zero2", {"trained_dtype": "bf16", "mixed_precision": "bf16"}, "trained_dtype"),
         ("zero3", {"compile": True}, "compile"),
         ("fsdp2", {"compile": True}, "compile"),
+        ("zero3", {"checkpointing": "nested"}, "nested"),
     ],
 )
-def test_what_deepspeed_alone_cannot_train_with_is_refused(name, flags, what):
+def test_what_some_of_them_cannot_train_with_is_refused(name, flags, what):
     (problem,) = problems_of(name, flags)
     assert what in problem.message and problem.wrong_use
     assert not problems_of(name, {})
