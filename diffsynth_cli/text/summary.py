@@ -105,7 +105,10 @@ def _trained(plan: RunPlan) -> str:
     if training.lora_component:
         modules = pluralize(len(training.lora_modules), "module")
         what.append(f"LoRA of rank {plan.parameters.lora_rank} on {modules} of {training.lora_component}")
-    return f"{' and '.join(what)}: {format_count(count_trained(plan))} parameters"
+    kept = ""
+    if training.dtype == "bf16":
+        kept = ", kept in bf16" + (", updated in float32" if plan.machine.engine.spec.updates_copies else "")
+    return f"{' and '.join(what)}: {format_count(count_trained(plan))} parameters{kept}"
 
 
 def _missing(plan: RunPlan, number: int) -> str:

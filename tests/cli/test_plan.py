@@ -213,6 +213,18 @@ def test_it_is_said_when_nothing_makes_it_fit(says, plan):
     says(verdict(outcome))
 
 
+def test_full_training_with_zero_2_and_offload_fits_eight_gpus(plan):
+    """The documented launch, as it stands: DeepSpeed holds bf16 weights on the GPU, and no float32 ones."""
+    several = ("--num_processes", "8", "--gpu_memory", "80GB", "--accelerate_config")
+    outcome = plan("qwen-image-full", *several, "zero2offload")
+    assert outcome.code == 0 and verdict(outcome) == names("Fits", "42.3 GiB")
+    assert outcome.out == names("kept in bf16", "updated in float32")
+    outcome = plan("qwen-image-full", *several, "zero2offload", "--trained_dtype", "float32")
+    assert outcome.code == 3 and verdict(outcome) == names("Does not fit", "117.4 GiB")
+    assert "  --trained_dtype bf16" in changes(outcome)
+    assert "kept in bf16" not in outcome.out
+
+
 def test_each_stage_has_a_verdict_and_its_flags_stand_behind_all_plans(plan):
     outcome = plan("wan2.2-t2v-a14b-lora", "--gpu_memory", "24GB")
     verdicts = [line for line in outcome.out.splitlines() if "Does not fit" in line]

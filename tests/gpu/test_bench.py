@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
 # As in tests/runs/test_compiled.py, for rows that compile.
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.name, marks=() if row.name in SHORT else pytest.mark.long) for row in ROWS]

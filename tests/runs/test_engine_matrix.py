@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.training import loop
@@ -29,6 +31,7 @@ Case = tuple[str, str, tuple[str, ...]]
 CASES: list[Case] = [(family, task, ()) for family in RECIPES for task in TASKS]
 OTHERS: list[Case] = [("qwen-image", task, flags) for task, flags in CHANGES.values()]
 WITHOUT_NESTED = [("qwen-image", task, flags) for name, (task, flags) in CHANGES.items() if name != NESTED]
+COMPILED: list[Case] = [("qwen-image", task, ("--compile",)) for task in TASKS]
 MORE: list[Case] = [("qwen-image", task, flags) for task, flags in OBJECTIVES.values()]
 OF_EACH_KIND = ("fsdp2", "fsdp2 offload", "zero2", "zero3 offload")
 
@@ -99,12 +102,17 @@ GROUPS = [
         ("changes", OTHERS, OF_EACH_KIND[:-1], False),
         ("changes", WITHOUT_NESTED, OF_EACH_KIND[-1:], False),  # ZeRO-3 refuses them
         ("objectives", MORE, ("fsdp2",), False),
+        ("compiled", COMPILED, ("ddp", "zero1", "zero2"), False),
     )
     for engine in engines
 ]
 """What one start of the processes trains."""
 
 
+# As in tests/runs/test_compiled.py, for those that compile.
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("engine", "cases"), GROUPS)
 def test_an_engine_trains_what_one_process_does(place, engine, cases):
     outputs = {case: place.folder / f"{engine}-{number}-{len(cases)}" for number, case in enumerate(cases)}
@@ -120,6 +128,7 @@ BF16 = ("--mixed_precision", "bf16")
 IN_BF16: list[Case] = [
     ("qwen-image", "lora", BF16),
     ("qwen-image", "full", BF16),
+    ("wan", "full", BF16),  # some of its weights are float32 in any case
     ("qwen-image", "full", (*BF16, "--trained_dtype", "bf16")),
 ]
 
@@ -156,8 +165,10 @@ def noise(place, monkeypatch) -> Callable[[Case], tuple[float, float]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", ["ddp", *QUICK])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of autocast on a CPU
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2 offload", *QUICK])
 def test_in_bf16_it_differs_no_more_than_one_process_does_in_another_order(place, noise, engine):
+    # DeepSpeed updates float32 copies of bf16 weights, which is what one process does with float32 weights.
     cases = [case for case in IN_BF16 if engine in ("ddp", "fsdp2") or "--trained_dtype" not in case[2]]
     outputs = {case: place.folder / f"bf16-{engine}-{number}" for number, case in enumerate(cases)}
     flags = {output: (*place.flags(case), "--gradient_accumulation_steps", "2") for case, output in outputs.items()}
@@ -167,6 +178,32 @@ def test_in_bf16_it_differs_no_more_than_one_process_does_in_another_order(place
         of_losses, of_weights = noise(case)
         print(f"{engine}, {case}: losses {losses:.1e} ({of_losses:.1e}), weights {weights:.1e} ({of_weights:.1e})")
         assert losses <= 2 * of_losses and weights <= 2 * of_weights
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero2 offload", "zero3"])
+def test_deepspeed_goes_on_in_bf16_to_the_bit(place, engine):
+    """Weights and averages are float32 in a state and a checkpoint, although it computes with bf16 copies."""
+    more = (*BF16, "--dataset_repeat", "6", "--save_steps", "3", "--ema_decay", "0.5")
+    through, stopped = (
+        {family: place.folder / f"{engine}-{kind}-{family}" for family in ("qwen-image", "wan")}
+        for kind in ("through", "stopped")
+    )
+    for outputs, pieces in ((through, ("6",)), (stopped, ("3", "6"))):
+        for last in pieces:
+            runs = {
+                output: (*place.flags((family, "full", more)), "--max_steps", last, "--resume", "auto")
+                for family, output in outputs.items()
+            }
+            place.train_in_two(engine, runs)
+    for family in through:
+        assert difference(through[family], stopped[family]) == (0, 0)
+        averages = [output[family] / "step-6.ema.safetensors" for output in (through, stopped)]
+        assert averages[0].read_bytes() == averages[1].read_bytes()
+        state = load_file(through[family] / "state" / "step-6" / "trained.safetensors")
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+        rounded = [name for name, tensor in state.items() if torch.equal(tensor, tensor.bfloat16().float())]
+        assert len(rounded) < len(state) / 2, "updates are not rounded"
 
 
 @pytest.mark.long

@@ -852,11 +852,11 @@ class Parameters(BaseModel):
         compared="course",
         documented=False,
     )
-    trained_dtype: TrainedDtype = _setting(
-        "float32",
+    trained_dtype: TrainedDtype | None = _setting(
+        None,
         "training",
         "choice",
-        "Dtype of weights that train in full, and of their gradients; bf16 halves both: each update is computed in float32 and rounded stochastically, so that small ones are not lost. A LoRA is always float32",
+        "Dtype of weights that train in full, and of their gradients; bf16 halves both: each update is computed in float32 and rounded stochastically, so that small ones are not lost; DeepSpeed updates a float32 copy of the weights instead. A LoRA is always float32. Default: float32; bf16 with ZeRO-1 and ZeRO-2 if `mixed_precision` is bf16",
         changes="numbers",
         documented=False,
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffsynth_core.config.choices import TrainedDtype
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved, independent_problems, parameters_of_other_families
 from diffsynth_core.config.tasks import TASKS, Task
@@ -41,7 +42,7 @@ from diffsynth_core.planning.training.optimizer_choice import (
 )
 from diffsynth_core.planning.training.recomputation import recomputation_problems
 from diffsynth_core.planning.training.targets import NOTHING_TRAINS, Training, find_training
-from diffsynth_core.planning.training.updates import dtype_problems, update_problems
+from diffsynth_core.planning.training.updates import choose_dtype, dtype_problems, update_problems
 from diffsynth_core.progress import Reporter
 
 
@@ -204,7 +205,7 @@ def make_plan(
         parameters=parameters,
         model=replace(found, stored=stored_shares(found), fused_lora=fused_lora),
         data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded, held_out=held_out),
-        training=replace(training, optimizer=optimizer),
+        training=replace(training, optimizer=optimizer, dtype=_choose_dtype(parameters, machine)),
         output=OutputPlan(start=start, cache=cache),
         machine=machine,
         previews=previews,
@@ -336,6 +337,11 @@ def _with_kernel(
         sharded=machine.engine.spec.shards,
         recorded=start.fused_optimizer,
     )
+
+
+def _choose_dtype(parameters: Parameters, machine: Machine) -> TrainedDtype:
+    """Return what weights that train in full are kept in by what the run is planned for."""
+    return choose_dtype(parameters, _planned_for(parameters, machine).mixed_precision, machine.engine.spec)
 
 
 def _check_step(

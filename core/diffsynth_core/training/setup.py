@@ -114,7 +114,9 @@ def _make_whole(
     build = partial(choice.build, plan.parameters.learning_rate)
     in_float32 = all(weight.dtype == torch.float32 for weight in trained.values())
     optimizer = (
-        build(trained.values()) if in_float32 else RoundedOptimizer(build, trained, plan.parameters.seed, starts)
+        build(trained.values())
+        if in_float32 or plan.machine.engine.spec.updates_copies
+        else RoundedOptimizer(build, trained, plan.parameters.seed, starts)
     )
     return AveragedOptimizer(optimizer, choice.ema_decay) if choice.ema_decay else optimizer
 

@@ -24,6 +24,7 @@ class EngineSpec:
 
     Attributes:
         title: its name in texts.
+        updates_copies: whether it updates a float32 copy of the trained weights, whatever these are kept in.
         package: what must be installed for it.
     """
 
@@ -31,6 +32,7 @@ class EngineSpec:
     shards_weights: bool = False
     shards_gradients: bool = False
     shards_optimizer: bool = False
+    updates_copies: bool = False
     package: Package | None = None
 
     @property
@@ -42,13 +44,20 @@ class EngineSpec:
 ENGINES: Mapping[EngineName, EngineSpec] = {
     "replicated": EngineSpec(title="DDP"),
     "fsdp2": EngineSpec(title="FSDP2", shards_weights=True, shards_gradients=True, shards_optimizer=True),
-    "zero1": EngineSpec(title="DeepSpeed ZeRO-1", shards_optimizer=True, package=DEEPSPEED),
-    "zero2": EngineSpec(title="DeepSpeed ZeRO-2", shards_gradients=True, shards_optimizer=True, package=DEEPSPEED),
+    "zero1": EngineSpec(title="DeepSpeed ZeRO-1", shards_optimizer=True, updates_copies=True, package=DEEPSPEED),
+    "zero2": EngineSpec(
+        title="DeepSpeed ZeRO-2",
+        shards_gradients=True,
+        shards_optimizer=True,
+        updates_copies=True,
+        package=DEEPSPEED,
+    ),
     "zero3": EngineSpec(
         title="DeepSpeed ZeRO-3",
         shards_weights=True,
         shards_gradients=True,
         shards_optimizer=True,
+        updates_copies=True,
         package=DEEPSPEED,
     ),
 }
@@ -325,11 +334,11 @@ EXCLUSIONS = (
         hint=f"pass `--mixed_precision bf16`, {WITHOUT_SHARDING}",
     ),
     Exclusion(
-        applies=lambda parameters, optimizer, precision: parameters.trained_dtype != "float32",
-        what="`trained_dtype`",
-        why="asks for weights that are updated one by one, where {engine} updates all in one piece, in float32",
-        hint="remove it, or shard with FSDP2 (`--accelerate_config fsdp2`)",
-        engines=("zero1", "zero2", "zero3"),
+        applies=lambda parameters, optimizer, precision: parameters.trained_dtype == "bf16",
+        what="`trained_dtype` bf16",
+        why="leaves some weights in float32, and {engine} divides weights of one dtype",
+        hint="remove it: each process holds its part of the float32 weights only",
+        engines=("zero3",),
     ),
     Exclusion(
         applies=lambda parameters, optimizer, precision: parameters.compile,

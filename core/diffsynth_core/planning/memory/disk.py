@@ -71,11 +71,14 @@ def packed_bytes(plan: RunPlan) -> dict[str, int]:
 
 
 def state_bytes(plan: RunPlan) -> int:
-    """Of the state after one step: trained weights, in the dtype in which they train, and the optimizer's state."""
+    """Of the state after one step: trained weights, in the dtype in which they are updated, and the state of the
+    optimizer.
+    """
     if not plan.task.trains:
         return 0
     rank = plan.parameters.lora_rank
-    weights = trained_tensor_bytes(plan, rank, plan.training.dtype)
+    updated = "float32" if plan.machine.engine.spec.updates_copies else plan.training.dtype
+    weights = trained_tensor_bytes(plan, rank, updated)
     return sum(weights) + plan.training.optimizer.state_bytes(trained_shapes(plan, rank))
 
 

@@ -236,8 +236,11 @@ def state_on_device(plan: RunPlan, config: MemoryConfig) -> int:
 
 def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     """Memory of the largest micro-batch's step, in each process."""
-    whole = _whole_memory(plan, config)
-    return _divided(plan, config, whole) if plan.machine.engine.spec.shards else whole
+    whole, engine = _whole_memory(plan, config), plan.machine.engine.spec
+    if engine.updates_copies:
+        updated = _whole_memory(plan, replace(config, trained_dtype="float32"))
+        whole = replace(whole, gradients=updated.gradients, update=updated.update)
+    return _divided(plan, config, whole) if engine.shards else whole
 
 
 def _divided(plan: RunPlan, config: MemoryConfig, whole: TrainingMemory) -> TrainingMemory:

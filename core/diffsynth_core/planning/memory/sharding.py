@@ -73,11 +73,11 @@ class Shares:
             trained: component -> module key -> bytes of the gradient of each weight that trains without LoRA.
             lora: bytes of the gradients of a LoRA.
         """
-        if self.engine.spec.package:  # of DeepSpeed
+        if self.engine.spec.updates_copies:
             numbers = (lora + sum(sum(of_component.values()) for of_component in trained.values())) // BYTES["float32"]
             return BYTES["float32"] * min(numbers, REDUCE_BUCKET)
         return lora + self.gathered(facts, trained)
 
     def copies(self, trained_numbers: int) -> int:
-        """Bytes of the float32 copy from which DeepSpeed updates trained weights."""
-        return self.optimizer(trained_numbers * BYTES["float32"]) if self.engine.spec.package else 0
+        """Bytes of the float32 copy of trained weights that is updated in their place."""
+        return self.optimizer(trained_numbers * BYTES["float32"]) if self.engine.spec.updates_copies else 0

@@ -84,7 +84,7 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
                 wrong_use=True,
             )
         )
-    if parameters.trained_dtype != "float32" and not parameters.trainable_models:
+    if parameters.trained_dtype == "bf16" and not parameters.trainable_models:
         what = f"`trained_dtype` `{parameters.trained_dtype}` is about weights that train in full; a LoRA is float32"
         report(Problem(what, "remove it", wrong_use=True))
     _check_lora_options(parameters, found.facts)
@@ -103,7 +103,6 @@ def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[s
         skipped_modules=targets.skipped_modules,
         parts=parts,
         start=start,
-        dtype=parameters.trained_dtype,
     )
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+from diffsynth_core.config.choices import TrainedDtype
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
+from diffsynth_core.planning.machine.engines import EngineSpec
 from diffsynth_core.planning.training.optimizer_choice import OptimizerChoice
 from diffsynth_core.planning.training.optimizers import OPTIMIZERS
 
@@ -29,13 +31,26 @@ def update_problems(
         yield from by_tensor_problems("`enable_optimizer_cpu_offload`", remedy, optimizer)
 
 
+def choose_dtype(parameters: Parameters, mixed_precision: str, engine: EngineSpec) -> TrainedDtype:
+    """Return what weights that train in full are kept in: float32 unless something else is asked for, or the engine
+    divides a float32 copy that it updates, but not the weights themselves.
+
+    Args:
+        mixed_precision: in which the run computes.
+    """
+    if parameters.trained_dtype or not parameters.trainable_models:
+        return parameters.trained_dtype or "float32"
+    whole = engine.updates_copies and not engine.shards_weights
+    return "bf16" if whole and mixed_precision == "bf16" else "float32"
+
+
 def dtype_problems(parameters: Parameters, optimizer: OptimizerChoice, mixed_precision: str) -> Iterator[Problem]:
     """Yield why weights cannot train in another dtype than float32.
 
     Args:
         mixed_precision: in which the run computes, on this machine.
     """
-    if parameters.trained_dtype == "float32":
+    if parameters.trained_dtype in (None, "float32"):
         return
     asked = f"`trained_dtype` `{parameters.trained_dtype}`"
     if mixed_precision != "bf16":

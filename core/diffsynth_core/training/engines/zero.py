@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,8 @@ class ZeroEngine(DividingEngine):
         """Keeps this process's part of whole parameters, which are the same in all processes."""
         self._engine: Any = None
         """Of DeepSpeed, once the module is prepared."""
+        self._linked = False
+        """Whether DeepSpeed knows the optimizer's state of each parameter."""
 
     def place(self, component: nn.Module, name: str, tensor: Tensor) -> None:
         place(component, name, tensor)
@@ -73,6 +76,7 @@ class ZeroEngine(DividingEngine):
         # A cache would keep copies of gathered weights that DeepSpeed frees.
         module = _UnderAutocast(model, self.accelerator, AutocastKwargs(cache_enabled=self._stage < 3))
         self._optimizer = make_optimizer(self._trained)
+        _split_by_dtype(self._optimizer)
         self._settings["zero_optimization"]["reduce_bucket_size"] = min(
             self._settings["zero_optimization"]["reduce_bucket_size"],
             sum(_shape(parameter).numel() for parameter in self._trained.values()),
@@ -118,7 +122,17 @@ class ZeroEngine(DividingEngine):
         self._updating = True
         self._engine.step()
         self._updating = False
+        if self._stage < 3 and not self._linked:
+            self._link_state()
         return True
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find the optimizer's state of each parameter. By itself it does so once, after it has updated
+        the first group, when those of the others have none.
+        """
+        self._engine.optimizer._hp_optimizer_states_linked = False
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._linked = True
 
     def whole(self, tensor: Tensor) -> Tensor:
         if tensor.requires_grad and self._engine is not None:
@@ -155,6 +169,7 @@ class ZeroEngine(DividingEngine):
             if isinstance(value, Tensor)
         }
         values = optimizer_values(dict.fromkeys(self._trained, part), self._optimizer)
+        values = replace(values, groups=values.groups[:1])
         return StateTensors(LazyStateDict(weights), LazyStateDict(moments), values)
 
     def _moment(self, parameter: Tensor, kind: str) -> Tensor:
@@ -167,7 +182,7 @@ class ZeroEngine(DividingEngine):
     def restore(self, saved: SavedState) -> None:
         shapes = {name: tuple(_shape(parameter)) for name, parameter in self._trained.items()}
         values = saved.loop_state.optimizer
-        weights, moments = read_and_send(saved, shapes, len(self._optimizer.param_groups), self.accelerator)
+        weights, moments = read_and_send(saved, shapes, 1, self.accelerator)
         kinds = {kind: moments[key] for kind, key in {key.rpartition("/")[2]: key for key in moments}.items()}
         for part in self._parts():
             state = self._optimizer.state[part]
@@ -177,7 +192,7 @@ class ZeroEngine(DividingEngine):
             state |= {kind: value.to(device, copy=True) for kind, value in kinds.items() if not value.dim()}
             state |= next(iter(values.parameters.values()), {})
         if kinds and self._stage < 3:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self._link_state()
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 weight = weights[name]
@@ -189,7 +204,8 @@ class ZeroEngine(DividingEngine):
                         self._set_part(parameter, moments[key], kind)
                     elif kind == AVERAGE:  # it has had no gradient
                         self._set_part(parameter, weight, kind)
-        restore_groups(self._optimizer, values.groups, self.accelerator.device)
+        groups = [*values.groups] * len(self._optimizer.param_groups)
+        restore_groups(self._optimizer, groups, self.accelerator.device)
 
     def _parts(self) -> list[Tensor]:
         """Return the flat parts of the trained numbers that this process updates."""
@@ -239,6 +255,18 @@ class _UnderAutocast(nn.Module):
         with self._autocast():
             outputs: Tensor = self.module(inputs)
         return outputs
+
+
+def _split_by_dtype(optimizer: torch.optim.Optimizer) -> None:
+    """Split the only group of an optimizer: DeepSpeed flattens those of a group, which must have one dtype.
+
+    The parameters in float32 are first, since it takes the dtype of the gradients from the first one.
+    """
+    (group,) = optimizer.param_groups
+    by_dtype: dict[torch.dtype, list[Tensor]] = {torch.float32: []}
+    for parameter in group["params"]:
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    optimizer.param_groups[:] = [{**group, "params": parameters} for parameters in by_dtype.values() if parameters]
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

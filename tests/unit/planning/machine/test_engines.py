@@ -187,7 +187,7 @@ def test_what_parts_of_tensors_cannot_be_trained_with_is_refused(name, flags, wh
 @pytest.mark.parametrize(
     ("name", "flags", "what"),
     [
-        ("zero2", {"trained_dtype": "bf16", "mixed_precision": "bf16"}, "trained_dtype"),
+        ("zero3", {"trained_dtype": "bf16", "mixed_precision": "bf16"}, "trained_dtype"),
         ("zero3", {"compile": True}, "compile"),
         ("fsdp2", {"compile": True}, "compile"),
         ("zero3", {"checkpointing": "nested"}, "nested"),

@@ -8,6 +8,7 @@ from diffsynth_cli.text.estimate import engine_lines
 from diffsynth_core.models.size_facts import BYTES
 from diffsynth_core.planning.documents import plan_of_recipe
 from diffsynth_core.planning.machine.engines import EngineChoice
+from diffsynth_core.planning.memory.disk import state_bytes
 from diffsynth_core.planning.memory.estimate import device_memory, host_memory, training_memory
 from diffsynth_core.planning.memory.fit_options import memory_options
 from diffsynth_core.planning.memory.fitted import assumed_host_bytes
@@ -55,6 +56,16 @@ def test_an_engine_divides_what_its_name_says(full, name, divided):
     assert bool(parts.autocast_weights) == ("weights" not in divided), "gathered weights are cast at each use"
 
 
+def test_deepspeed_computes_with_bf16_weights_and_divides_all_that_is_float32(full):
+    plan = full(EngineChoice(name="zero2"))
+    rounded = replace(plan, training=replace(plan.training, dtype="bf16"))
+    whole, halved = memory_of(plan), memory_of(rounded)
+    assert sum(halved.weights.values()) == pytest.approx(sum(whole.weights.values()) / 2, rel=1e-3)
+    assert (halved.gradients, halved.optimizer) == (whole.gradients, whole.optimizer)
+    assert state_bytes(rounded) == state_bytes(plan)
+    assert state_bytes(replace(rounded, machine=full(EngineChoice()).machine)) < state_bytes(plan)
+
+
 def test_two_blocks_are_gathered_beside_what_stands_outside_of_blocks(full):
     plan = full(EngineChoice(name="fsdp2"))
     numbers = sum(memory_of(full(EngineChoice())).weights.values()) // BYTES["float32"]
@@ -100,4 +111,4 @@ def test_changes_that_the_engine_cannot_train_with_are_not_offered(full):
     assert refused <= offered(EngineChoice())
     assert not refused & offered(EngineChoice(name="fsdp2"))
     assert "trained_dtype" in offered(EngineChoice(name="fsdp2"))
-    assert "trained_dtype" not in offered(EngineChoice(name="zero2"))
+    assert "trained_dtype" in offered(EngineChoice(name="zero2"))
