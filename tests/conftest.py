@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models in the real file layout, a dataset of photographs, the command line in process."""
 
 import csv
+import gc
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -27,6 +28,10 @@ CAPTIONS = {
     "coffee": "a cup of coffee with a spoon on a wooden table, seen from above",
     "rocket": "a rocket on its launch pad at night",
 }
+
+
+# Imported modules are a million objects that stay; searching them as often as by default takes a tenth of the tests.
+gc.set_threshold(100_000, 50, 1000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -30,7 +30,7 @@ from diffsynth_core.planning.data.encoding_keys import (
     identify,
 )
 from diffsynth_core.planning.drawing.jobs import GenerationJob
-from diffsynth_core.planning.model.loading import free_device_memory, load_planned
+from diffsynth_core.planning.model.loading import drop, load_planned
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
 
@@ -101,7 +101,6 @@ def encode_jobs(plan: GenerationPlan, family: Family, reporter: Reporter, stop: 
         stop.raise_if_set()
         of_component = [entry for entry in missing if entry.encoder.component == component]
         _encode(plan, family, component, of_component, hashes, reporter, stop)
-        free_device_memory(torch.device(plan.machine.device))
     return jobs
 
 
@@ -184,7 +183,7 @@ def _encode(
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
-    """Load a component, and encode with it."""
+    """Load a component, encode with it, and drop it."""
     device, dtype = torch.device(plan.machine.device), encoder_dtype(plan.machine.mixed_precision)
     components: dict[str, Any] = load_tokenizers(plan.model, family, component)
     components[component] = load_planned(plan.model, family, component, dtype, device, reporter)
@@ -207,5 +206,6 @@ def _encode(
             warned.add(family.truncation_warning(entry.encoder, tokenized))
         for some in batches.values():
             store(some.rest())
+    drop(components, device)
     for warning in sorted(filter(None, warned)):
         reporter.warn(warning)

@@ -27,7 +27,7 @@ from diffsynth_core.models.loading import WeightChange
 from diffsynth_core.models.prepare import FROZEN, ComponentSetup
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.drawing.jobs import AppliedLora, GenerationJob
-from diffsynth_core.planning.model.loading import free_device_memory, load_planned
+from diffsynth_core.planning.model.loading import drop, load_planned
 from diffsynth_core.progress import Reporter
 from diffsynth_core.stop import StopRequest
 
@@ -76,8 +76,7 @@ def draw(plan: GenerationPlan, reporter: Reporter, stop: StopRequest) -> Iterato
             drawing.advance(components, stage, number, encoded[number])
             if stage is last:
                 yield job, drawing.finish(components, number)
-        components.clear()
-        free_device_memory(drawing.device)
+        drop(components, drawing.device)
 
 
 def _stages(plan: GenerationPlan, reporter: Reporter) -> list[_Stage]:

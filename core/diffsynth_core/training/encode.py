@@ -23,7 +23,7 @@ from diffsynth_core.planning.data.encoding_keys import hash_cache, inputs_of
 from diffsynth_core.planning.data.encodings_plan import EncoderPlan, EncodingRef
 from diffsynth_core.planning.memory.disk import packed_bytes
 from diffsynth_core.planning.memory.sizes import largest_batch
-from diffsynth_core.planning.model.loading import free_device_memory
+from diffsynth_core.planning.model.loading import drop
 from diffsynth_core.planning.output.folder import folder_faults
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize, verb
@@ -223,8 +223,7 @@ def _loaded_encoders(
         for part in plan.encodings.encoders:
             if part.encoder.component == component:
                 yield part, components
-        components.clear()  # the caller still has the mapping
-        free_device_memory(accelerator.device)
+        drop(components, accelerator.device)  # the caller still has the mapping
 
 
 @torch.no_grad()
