@@ -212,11 +212,12 @@ def join_endings(codes: Mapping[int, int], reports: Path, world_size: int) -> En
     `codes`: the exit codes of the processes that failed first, by rank; negative: the signal that killed one.
     """
     endings = {name: ending for name, ending in read_endings(reports).items() if name != LAUNCHER}
-    for rank, code in codes.items():
-        if code < 0 and f"rank-{rank}" not in endings:
-            return killed(_name(rank, world_size), -code)
     reported = [ending for ending in endings.values() if ending.code != PEER_LOST]
     problems = tuple(dict.fromkeys(problem for ending in reported for problem in ending.problems))
+    for rank, code in codes.items():
+        by_launcher = code == -signal.SIGTERM and problems  # it ends those that still run after one has failed
+        if code < 0 and f"rank-{rank}" not in endings and not by_launcher:
+            return killed(_name(rank, world_size), -code)
     if problems:
         wrong_use = any(ending.code == EXIT_WRONG_USE for ending in reported)
         return Ending(EXIT_WRONG_USE if wrong_use else EXIT_FAILED, problems)

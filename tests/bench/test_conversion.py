@@ -95,6 +95,7 @@ def test_a_split_takes_less_than_1_3_times_a_copy(checkpoint, tmp_path, bench, g
     bench.at_most(f"{what}: anonymous MB", memory / 1e6, MOST_ANONYMOUS_MB)
 
 
+@pytest.mark.long
 def test_a_split_of_twice_the_size_takes_no_more_memory(checkpoint, tmp_path, bench, gigabytes):
     shards = checkpoint(2 * gigabytes)
     split = run(["split-ckpt", *shards, "--output_path", tmp_path / "parts"])
@@ -142,6 +143,7 @@ def test_a_merge_takes_less_than_2_5_times_a_copy(base, tmp_path, monkeypatch, b
     bench.at_most(f"{what}: anonymous MB", memory / 1e6, MOST_ANONYMOUS_MB)
 
 
+@pytest.mark.long
 def test_a_merge_of_twice_the_size_takes_no_more_memory(base, bench, gigabytes):
     _, command = base(2 * gigabytes)
     merge = run(command)

@@ -109,6 +109,7 @@ def test_encoding_takes_about_the_time_of_the_encoders(side, limit, tiny_models,
     bench.at_most(f"encoding {count:,} images of {side} px / encoders alone", filling / alone, limit, detail)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("single_thread")
 def test_planning_and_encoding_take_time_in_proportion_to_the_images(tiny_models, tmp_path, bench):
     few, many = bench.size((500, 2000), (20, 80))

@@ -41,6 +41,7 @@ def test_every_plan_takes_less_than_two_seconds_once_its_memory_was_measured(
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_a_dry_run_takes_little_longer_than_its_imports(tmp_path, bench):
     """The first measures activations, the second remembers them."""
 

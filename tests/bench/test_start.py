@@ -46,6 +46,7 @@ def test_a_completion_takes_less_than_5_times_the_start_of_python(bench, tmp_pat
     bench.at_most("a completion / `python -c pass`", ratio, 5)
 
 
+@pytest.mark.long
 def test_a_second_run_starts_within_1_5_times_its_imports(start_to_first_step, bench):
     runs, imports = [], []
     for _ in range(bench.rounds(ROUNDS)):
@@ -55,6 +56,7 @@ def test_a_second_run_starts_within_1_5_times_its_imports(start_to_first_step, b
     bench.at_most("a whole run of one cached step / its imports", ratio, 1.5)
 
 
+@pytest.mark.long
 @pytest.mark.long
 def test_a_huge_repeat_costs_neither_time_nor_memory(start_to_first_step, bench):
     once, often = [], []

@@ -6,11 +6,11 @@ import torch
 from diffsynth_core.adapters import swap as swapping
 from diffsynth_core.adapters.swap import swaps_of
 from diffsynth_core.models.shapes import layers_of_blocks
+from tests.covering import covering
 from tests.parity.float8_runs import RECIPES, Step, plan_step
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize(("family", "precision"), covering(RECIPES, ("no", "bf16")))
 def test_gradients_are_those_of_weights_on_the_device(family, precision, folder, monkeypatch):
     given_back: list[int] = []
     monkeypatch.setattr(swapping, "give_back", lambda memory: given_back.append(1) or memory.fill_(0xFF))

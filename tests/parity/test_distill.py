@@ -19,6 +19,7 @@ from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.model import build_training_module
 from diffsynth_core.training.setup import make_accelerator
+from tests.covering import long_ones
 from tests.kinds import KINDS, Kind, entries_of, inputs_of, lora, write_datasets, write_models
 from tests.parity.conftest import SCHEDULER
 
@@ -120,7 +121,7 @@ def plain_loop(family, model, batch: dict[str, torch.Tensor], seeds: list[int], 
     return torch.nn.functional.mse_loss(states[:, :, first:], latents[:, :, first:])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", long_ones(KINDS, long=("qwen-edit", "wan-ti2v")))
 def test_loss_and_gradients_are_those_of_a_plain_loop(name, models, datasets):
     kind = KINDS[name]
     plan = plan_of(kind, models, datasets[kind.data])

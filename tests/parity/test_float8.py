@@ -12,6 +12,7 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.data.encoder_inputs import load_tokenizers, scale_pixels
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.encode import load_columns
+from tests.covering import covering
 from tests.parity.float8_runs import RECIPES, Step, counting_saved, plan_step, round_weights
 
 CPU = torch.device("cpu")
@@ -38,9 +39,7 @@ def check_gradients(folder: Path, family: str, component: str = "dit", **setting
     assert any(not torch.equal(gradient, unrounded[name]) for name, gradient in ours.items())
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize(("family", "recompute", "precision"), covering(RECIPES, (False, True), ("no", "bf16")))
 def test_lora_gradients_are_those_of_the_rounded_weights(family, recompute, precision, folder):
     check_gradients(folder, family, use_gradient_checkpointing=recompute, mixed_precision=precision)
 
@@ -56,8 +55,7 @@ def test_so_are_those_of_weights_loaded_into_host_memory_first(folder):
     check_gradients(folder, "qwen-image", initialize_model_on_cpu=True)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize(("family", "precision"), covering(RECIPES, ("no", "bf16")))
 def test_autograd_keeps_nothing_of_stored_weights(family, precision, folder):
     """It saves the same apart from weights."""
     kept = {}
@@ -71,14 +69,9 @@ def test_autograd_keeps_nothing_of_stored_weights(family, precision, folder):
 
 
 ENCODED = [*RECIPES.values(), "wan2.1-i2v-14b-480p-lora", "qwen-image-edit-2509-lora"]
-IN_BFLOAT16 = [
-    pytest.param(recipe, torch.bfloat16, marks=pytest.mark.long if recipe.startswith("wan") else ())
-    for recipe in ENCODED
-]
-"""Wan's VAE takes a CPU most of a minute in bfloat16."""
 
 
-@pytest.mark.parametrize(("recipe", "precision"), [*((recipe, torch.float32) for recipe in ENCODED), *IN_BFLOAT16])
+@pytest.mark.parametrize(("recipe", "precision"), covering(ENCODED, (torch.float32, torch.bfloat16)))
 def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
     """T5 asks its layers, and vision towers ask their models, which dtype to compute in."""
     plan = plan_step(recipe, folder)

@@ -31,6 +31,7 @@ from diffsynth_core.planning.plan import Machine
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.stop import StopRequest
 from tests.conftest import ENTRIES
+from tests.covering import long_ones
 from tests.loras import random_lora, save_lora
 from tests.parity import controlnet_models, flux2_models, flux_models, qwen_edit_models, wan_models
 from tests.parity.loras import load_into
@@ -257,12 +258,17 @@ CASES: dict[str, Callable[[pytest.FixtureRequest, Path], Case]] = {
 }
 
 
-NEARLY_OTHERS = ("Qwen-Image-Edit-2511, two images", "Wan 2.2 I2V, two images")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if name in NEARLY_OTHERS else []) for name in CASES]
+NEARLY_OTHERS = (
+    "Qwen-Image-Edit",
+    "Qwen-Image-Edit-2511, two images",
+    "FLUX.2 klein",
+    "Wan 2.1 FLF2V",
+    "Wan 2.2 I2V, two images",
+    "Wan 2.2 TI2V, text",
 )
+
+
+@pytest.mark.parametrize("name", long_ones(CASES, long=NEARLY_OTHERS))
 def test_pixels_are_those_of_the_pipeline(name, request, tmp_path):
     case = CASES[name](request, tmp_path / "images")
     alone = replace(case.job, cfg_scale=1.0)
@@ -313,7 +319,9 @@ def test_two_denoisers_share_the_steps_as_in_the_pipeline(request, tmp_path):
     assert difference(alone, expected(asked, replace(job, seed=8, steps=4), **asked.guided)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Qwen-Image", "FLUX.1", "FLUX.2 klein", "Wan 2.1 T2V"])
+@pytest.mark.parametrize(
+    "name", long_ones(("Qwen-Image", "FLUX.1", "FLUX.2 klein", "Wan 2.1 T2V"), long=("Qwen-Image", "FLUX.1"))
+)
 def test_a_lora_draws_what_it_draws_in_the_pipeline(name, request, tmp_path):
     case = CASES[name](request, tmp_path / "images")
     model, weight = case.model(), 0.7

@@ -22,6 +22,7 @@ from diffsynth_core.stop import StopRequest
 from diffsynth_core.training.engines.fused import FusedEngine
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.model import TrainingModule
+from tests.covering import long_ones
 from tests.parity.float8_runs import plan_step
 
 FUSED, ON_HOST = {"fused_backward": True}, {"enable_optimizer_cpu_offload": True}
@@ -192,7 +193,13 @@ def test_blocks_that_train_from_host_memory_compute_the_same_to_the_bit(run, off
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("recipe", ["wan2.1-t2v-1.3b-full", "flux.1-dev-full", "flux.2-klein-4b-full"])
+@pytest.mark.parametrize(
+    "recipe",
+    long_ones(
+        ("wan2.1-t2v-1.3b-full", "flux.1-dev-full", "flux.2-klein-4b-full"),
+        long=("flux.1-dev-full", "flux.2-klein-4b-full"),
+    ),
+)
 def test_blocks_of_every_family_train_from_host_memory(recipe, tmp_path):
     """In bf16, where autocast and weights that stay float32 meet."""
     given = {"mixed_precision": "bf16", "max_steps": 2, "use_gradient_checkpointing": True, "learning_rate": 1e-3}

@@ -208,6 +208,7 @@ def test_a_run_with_conditioning_frames_gives_them_with_its_captions(
     assert (clip(mine) == clip(other)).all() and (clip(mine) != first).any(), "what is given goes before the dataset"
 
 
+@pytest.mark.long
 def test_full_checkpoints_of_a_run_side_by_side(cli, tiny_models, photographs, monkeypatch, tmp_path):
     weights = {}
     for path in (tiny_models / MODEL_ID).glob(PLACES["dit"]):
@@ -253,6 +254,7 @@ def test_ctrl_c_leaves_whole_images(cli, tiny_models, tmp_path):
     assert f"{len(images)} of 200 images are in `out`" in said
 
 
+@pytest.mark.long
 def test_both_transformers_of_wan_2_2(cli, recipe_models, entry_models, tiny_families, monkeypatch, tmp_path):
     """Stages of a recipe are the two denoisers of one model; each has LoRAs of its own."""
     recipe = "wan2.2-t2v-a14b-lora"

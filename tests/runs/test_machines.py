@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffsynth_cli.main import main
+from tests.covering import long_ones
 from tests.waiting import wait_until
 
 COMMON = ("--recipe", "qwen-image-lora", "--dataset_num_workers", "0", "--learning_rate", "0.01", "--device", "cpu")
@@ -133,7 +134,7 @@ def test_a_killed_process_ends_both_machines(machines):
     assert list(two.output(0).glob("state/step-*")), "the last state is whole"
 
 
-@pytest.mark.parametrize("refused", [0, 1])
+@pytest.mark.parametrize("refused", long_ones((0, 1), long=(0,)))
 def test_a_machine_that_cannot_start_ends_the_other_one(machines, refused):
     started = machines(True).start(refused=refused)
     try:

@@ -25,7 +25,8 @@ from diffsynth_core.training import loop
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.model import build_training_module
-from tests.loras import FORMATS, RANK, TinyFamily, random_lora, save_lora
+from tests.covering import long_ones
+from tests.loras import FORMATS, RANK, RECIPES, TinyFamily, random_lora, save_lora
 
 CPU = torch.device("cpu")
 
@@ -127,6 +128,7 @@ def trained_model(monkeypatch) -> list[Any]:
     return seen
 
 
+@pytest.mark.parametrize("tiny", long_ones(RECIPES, long=("flux", "flux2")), indirect=True)
 def test_the_chain_of_two_loras(tiny, tmp_path, trained_model):
     """The second file contains only the second LoRA; base, first and second together are the trained model."""
     first = run(tiny, output_path=tmp_path / "first") / "epoch-0.safetensors"
@@ -229,6 +231,7 @@ def test_encodings_of_a_merged_text_encoder_are_its_own(tiny, tmp_path):
         assert (first[name].keys != part.keys) == (first[name].keys != second[name].keys) == its_own
 
 
+@pytest.mark.parametrize("tiny", long_ones(RECIPES, long=("flux2", "wan")), indirect=True)
 def test_a_merged_text_encoder_encodes(tiny, tmp_path):
     component = text_encoder_of(tiny)
     common = {"cache_path": tmp_path / "cache", "max_steps": 1}

@@ -104,8 +104,7 @@ BY_LAUNCHER = [
     for launcher, launched, recipes, marks in (
         ("ours", OURS, [*RECIPES][:1], ()),
         ("ours", OURS, [*RECIPES][1:], pytest.mark.long),
-        ("accelerate's", THEIRS, [*RECIPES][:1], ()),
-        ("accelerate's", THEIRS, [*RECIPES][1:], pytest.mark.long),
+        ("accelerate's", THEIRS, RECIPES, pytest.mark.long),
     )
     for recipe in recipes
 ]

@@ -44,7 +44,8 @@ PROOFS = {
 
 LIKE_OTHERS = (
     *("flux.1-krea-dev", "flux.2-klein-9b", "flux.2-klein-base-4b", "flux.2-klein-base-9b", "qwen-image-2512"),
-    *("wan2.1-t2v-14b", "wan2.1-i2v-14b-720p"),
+    *("flux.1-kontext-dev-full", "flux.2-klein-4b-full", "qwen-image-edit", "qwen-image-edit-2509-full"),
+    *("qwen-image-edit-2511", "wan2.1-t2v-14b", "wan2.1-i2v-14b-480p-full", "wan2.1-i2v-14b-720p", "wan2.2-i2v-a14b"),
     "wan2.2-t2v-a14b-full",  # the model of wan2.1-t2v-1.3b-full in the stages of wan2.2-t2v-a14b-lora
 )
 """Recipes, or models of which both recipes are meant, that differ from another one only in name and size: variant, what

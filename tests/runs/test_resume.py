@@ -145,7 +145,10 @@ def test_resume_takes_the_last_whole_state(cli, photographs):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.long)],
+    [
+        (signal.SIGINT, 130),
+        *(pytest.param(*one, marks=pytest.mark.long) for one in ((signal.SIGTERM, 143), (signal.SIGHUP, 129))),
+    ],
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 def test_a_signal_finishes_the_step_saves_and_exits(cli, tiny_models, photographs, tmp_path, number, code):

@@ -89,9 +89,9 @@ HOW = (
 )
 
 
-DISTILLED = {"qwen-image": (), "flux": pytest.mark.long, "flux2": pytest.mark.long, "wan-ti2v": ()}
-"""What distillation adds, the columns of the sampler, is the same in all families: images and clips are enough."""
-OTHERS_DO = ("qwen-edit", "wan-t2v")
+DISTILLED = {"qwen-image": pytest.mark.long, "flux": pytest.mark.long, "flux2": pytest.mark.long, "wan-ti2v": ()}
+"""What distillation adds, the columns of the sampler, is the same in all families: one is enough."""
+OTHERS_DO = ("qwen-image", "qwen-edit", "wan-t2v")
 """Kinds all of whose encoders other kinds have too, or nearly."""
 ROADS = [
     *(pytest.param(name, "sft", marks=pytest.mark.long if name in OTHERS_DO else ()) for name in KINDS),
@@ -228,6 +228,7 @@ def test_a_run_is_not_resumed_on_samples_encoded_by_another_vae(train, datasets)
     assert "the files of vae changed since the run in `run` started" in outcome.err
 
 
+@pytest.mark.long
 def test_two_processes_share_the_encoding_out(train, models, datasets, tmp_path):
     """Each sample is encoded once, and the folder equals that of a single process."""
     alone = train(*precompute_task(QWEN, datasets["images"], "by_1"))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from diffsynth_core.models.wan import keys
 from tests.clips import detailed, write_clip
+from tests.covering import long_ones
 from tests.wan import EXPERTS, I2V, PLACES, T2V, TI2V, entries
 
 SMALL = ("--height", 64, "--width", 96, "--num_frames", 9, "--dataset_num_workers", 0, "--dataset_repeat", 2)
@@ -108,8 +109,8 @@ def test_a_second_run_loads_no_encoder(train):
         ("--num_frames", 5),
         pytest.param(("--frame_rate", 12), marks=pytest.mark.long),
         pytest.param(("--clip_start", "middle"), marks=pytest.mark.long),
-        ("--width", 80),
-        ("--extra_inputs", "input_image,end_image"),
+        pytest.param(("--width", 80), marks=pytest.mark.long),
+        pytest.param(("--extra_inputs", "input_image,end_image"), marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -124,9 +125,9 @@ def test_another_part_of_the_clips_is_encoded_anew(train, tmp_path, change):
 @pytest.mark.parametrize(
     ("model_id", "extra"),
     [
-        (T2V, ("--clip_start", "random", "--batch_size", 2)),
+        pytest.param(T2V, ("--clip_start", "random", "--batch_size", 2), marks=pytest.mark.long),
         (I2V, ("--extra_inputs", "input_image", "--dataset_num_workers", 2)),
-        (T2V, ("--trainable_models", "dit", "--use_gradient_checkpointing")),
+        pytest.param(T2V, ("--trainable_models", "dit", "--use_gradient_checkpointing"), marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -195,7 +196,7 @@ def test_the_documented_lines_of_both_experts_run_as_they_are(train, monkeypatch
         assert same_tensors(str(one), str(other))
 
 
-@pytest.mark.parametrize("task", ["lora", "full"])
+@pytest.mark.parametrize("task", long_ones(("lora", "full"), long=("full",)))
 def test_only_one_expert_is_in_memory(train, monkeypatch, task):
     """While a stage trains, no transformer of another stage is alive."""
     import gc

@@ -129,7 +129,11 @@ def check_same(checkpoint: Path, wanted: Path) -> None:
 LAUNCHES = [
     pytest.param(FULL, (), ("--accelerate_config", "zero2offload", "--num_processes", "2"), id="ours"),
     pytest.param(
-        LORA, ("--config_file", "accelerate_config_zero3.yaml", "--num_processes", "2"), (), id="zero3 of a LoRA"
+        LORA,
+        ("--config_file", "accelerate_config_zero3.yaml", "--num_processes", "2"),
+        (),
+        id="zero3 of a LoRA",
+        marks=pytest.mark.long,
     ),
     *(
         pytest.param(FULL, ("--config_file", name, "--num_processes", "2"), (), id=name, marks=pytest.mark.long)

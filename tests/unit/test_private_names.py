@@ -26,6 +26,7 @@ USED = {
     ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_flash_attention_for_cpu"),
     ("core/diffsynth_core/training/activations.py", "_base"),
     ("core/diffsynth_core/training/engines/zero.py", "_get_norm_groups"),
+    ("core/diffsynth_core/training/engines/zero.py", "_hp_optimizer_states_linked"),
     ("core/diffsynth_core/training/engines/zero.py", "_lazy_init_hp_params_optimizer_state"),
     ("core/diffsynth_core/training/setup.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone

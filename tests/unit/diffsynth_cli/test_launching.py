@@ -224,6 +224,9 @@ def ending(code: int, *problems: str, sentence: str = "") -> Ending:
         ({0: 1, 1: 1}, {0: ending(1, "a"), 1: ending(1, "a")}, ending(1, "a")),
         ({0: 1, 1: 2}, {0: ending(1, "a"), 1: ending(2, "b")}, ending(2, "a", "b")),
         ({0: 143, 1: 143}, {0: ending(143, sentence="x"), 1: ending(143, sentence="x")}, ending(143, sentence="x")),
+        # The launcher ends with SIGTERM those that run on after one has failed.
+        ({0: 1, 1: -15}, {0: ending(1, "in use")}, ending(1, "in use")),
+        ({1: -15}, {}, ending(1, "process 2 of 2 was killed (signal 15); continue with `--resume auto`")),
         ({1: 3}, {}, ending(1, "process 2 of 2 ended with 3; continue with `--resume auto`")),
         (
             {0: ranks.PEER_LOST},
