@@ -238,8 +238,8 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     """Memory of the largest micro-batch's step, in each process."""
     whole, engine = _whole_memory(plan, config), plan.machine.engine.spec
     if engine.updates_copies:
-        updated = _whole_memory(plan, replace(config, trained_dtype="float32"))
-        whole = replace(whole, gradients=updated.gradients, update=updated.update)
+        update = update_bytes(plan, replace(config, trained_dtype="float32"))
+        whole = replace(whole, gradients=sum(trained_tensor_bytes(plan, config.rank, "float32")), update=update)
     return _divided(plan, config, whole) if engine.shards else whole
 
 
