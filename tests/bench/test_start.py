@@ -57,7 +57,6 @@ def test_a_second_run_starts_within_1_5_times_its_imports(start_to_first_step, b
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_a_huge_repeat_costs_neither_time_nor_memory(start_to_first_step, bench):
     once, often = [], []
     for _ in range(bench.rounds(ROUNDS)):

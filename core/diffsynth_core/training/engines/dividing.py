@@ -1,7 +1,8 @@
 """What engines have in common that divide the trained numbers among processes."""
 
+import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, distributed
 
 from diffsynth_core.training.engines.engine import Engine
 
@@ -15,6 +16,21 @@ class DividingEngine(Engine):
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._updating = False
+
+    def gather(self, own: Tensor, shape: torch.Size, size: int) -> Tensor:
+        """Return a tensor of which the processes hold `size` numbers each, in their order, as far as there are any.
+
+        Args:
+            own: the numbers of this process, on any device; what is beyond the end of the tensor is left out.
+        """
+        # On the device, where processes communicate. Each sends its numbers to their place: an all-gather may hold the
+        # tensor twice.
+        whole = torch.empty(shape, dtype=own.dtype, device=self.accelerator.device)
+        for rank, part in enumerate(torch.split(whole.view(-1), size)):
+            if rank == self.accelerator.process_index:
+                part.copy_(own.flatten()[: len(part)])
+            distributed.broadcast(part, src=rank)
+        return whole
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(values, "sum")

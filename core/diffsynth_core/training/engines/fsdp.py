@@ -174,25 +174,18 @@ class ShardedEngine(DividingEngine):
             parameter.grad = None
 
     def whole(self, tensor: Tensor) -> Tensor:
-        return self._gather(_rows_of(tensor), tensor.shape) if isinstance(tensor, DTensor) else tensor.detach()
+        return self._gather_rows(_rows_of(tensor), tensor.shape) if isinstance(tensor, DTensor) else tensor.detach()
 
     def average(self, tensor: Tensor) -> Tensor:
         own = self._own_of.get(tensor)
-        return self.whole(tensor) if own is None else self._gather(average_of(self._optimizer, own), tensor.shape)
+        return self.whole(tensor) if own is None else self._gather_rows(average_of(self._optimizer, own), tensor.shape)
 
     def averaged(self) -> AbstractContextManager[None]:
         return averages_in_place(self._optimizer)
 
-    def _gather(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        # On the device, where processes communicate; offloaded rows are on the host. Each process sends its rows to
-        # their place: an all-gather may hold the tensor twice.
-        whole = torch.empty(shape, dtype=rows.dtype, device=self.accelerator.device)
-        whole[self._rows(len(whole))] = rows
-        for rank in range(self._mesh.size()):
-            part = whole[self._rows(len(whole), rank)]
-            if part.numel():
-                distributed.broadcast(part, group=self._mesh.get_group(), group_src=rank)
-        return whole
+    def _gather_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        first = self._rows(shape[0], rank=0)
+        return self.gather(rows, shape, first.stop * shape[1:].numel())
 
     def state(self) -> StateTensors:
         own = state_of(self._own, self._optimizer)
@@ -203,7 +196,7 @@ class ShardedEngine(DividingEngine):
     def _whole_moment(self, key: str, moment: Tensor) -> Tensor:
         """Return a tensor of the optimizer: either it has a number for each of the parameter, or it is not divided."""
         name = key.rpartition("/")[0]
-        return self._gather(moment, self._trained[name].shape) if moment.shape == self._own[name].shape else moment
+        return self._gather_rows(moment, self._trained[name].shape) if moment.shape == self._own[name].shape else moment
 
     def restore(self, saved: SavedState) -> None:
         shapes = {name: tuple(sharded.shape) for name, sharded in self._trained.items()}

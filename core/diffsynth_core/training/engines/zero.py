@@ -135,13 +135,13 @@ class ZeroEngine(DividingEngine):
         self._linked = True
 
     def whole(self, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad and self._engine is not None:
-            whole: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(tensor)
-            return whole.detach()
-        if not hasattr(tensor, "ds_id"):  # of stage 3 alone, which has no parameter of another kind
-            return tensor.detach()
-        with self._deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+        updated = tensor.requires_grad and self._engine is not None
+        tools = self._deepspeed.utils
+        if hasattr(tensor, "ds_id"):  # divided, in stage 3
+            divided: Any = tensor
+            own = tools.safe_get_local_fp32_param(tensor) if updated else divided.ds_tensor
+            return self.gather(own.detach(), divided.ds_shape, divided.ds_tensor.numel())
+        return (tools.safe_get_full_fp32_param(tensor) if updated else tensor).detach()
 
     def average(self, tensor: Tensor) -> Tensor:
         is_averaged = tensor.requires_grad and any(AVERAGE in state for state in self._optimizer.state.values())
@@ -172,12 +172,17 @@ class ZeroEngine(DividingEngine):
         values = replace(values, groups=values.groups[:1])
         return StateTensors(LazyStateDict(weights), LazyStateDict(moments), values)
 
-    def _moment(self, parameter: Tensor, kind: str) -> Tensor:
+    def _moment(self, parameter: Any, kind: str) -> Tensor:
         """Return a tensor of the optimizer's state of one parameter, whole; a counter as it is."""
         value: Tensor = next(iter(self._optimizer.state.values()))[kind]
-        if value.dim():
-            value = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
-        return value
+        if not value.dim():
+            return value
+        tools = self._deepspeed.utils
+        if self._stage == 3:
+            own = tools.safe_get_local_optimizer_state(parameter, kind)
+            return self.gather(own, parameter.ds_shape, parameter.ds_tensor.numel())
+        whole: Tensor = tools.safe_get_full_optimizer_state(parameter, kind)
+        return whole
 
     def restore(self, saved: SavedState) -> None:
         shapes = {name: tuple(_shape(parameter)) for name, parameter in self._trained.items()}
