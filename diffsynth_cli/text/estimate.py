@@ -48,12 +48,12 @@ def engine_lines(plan: RunPlan, engines: Sequence[EngineFit], limit: int) -> Ite
     """What a run takes in each of several processes with each engine, and which is the fastest that fits."""
     yield f"Each of {plan.machine.world_size} processes, in {format_memory(limit)}"
     for engine in engines:
-        yield f"  {_memory(engine.peak)}  {engine.flag}{': fits' if engine.fits else ''}"
+        yield f"  {_memory(engine.peak)}  {engine.flags}{': fits' if engine.fits else ''}"
     fastest = next((engine for engine in engines if engine.fits), None)
     if fastest and fastest.configuration == "ddp" and plan.machine.engine.spec.shards:
-        yield f"It fits without sharding, which is faster: pass `{fastest.flag}`"
+        yield f"It fits without sharding, which is faster: pass `{fastest.flags}`"
     elif fastest:
-        yield f"The fastest of those that fit is `{fastest.flag}`"
+        yield f"The fastest of those that fit is `{fastest.flags}`"
 
 
 def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:

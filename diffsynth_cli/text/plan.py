@@ -240,9 +240,14 @@ def steps_in_words(plan: RunPlan) -> str:
     """The number of optimizer steps, and how it is computed."""
     parameters, steps, repeat = plan.parameters, plan.data.steps, plan.parameters.dataset_repeat
     samples = pluralize(steps.batches.samples_per_epoch // repeat, "sample") + (f" x {repeat}" if repeat > 1 else "")
+    machine = plan.machine
+    processes = pluralize(machine.world_size, "process", "processes")
+    if machine.context_parallel > 1:
+        groups = pluralize(machine.data_parallel, "group")
+        processes = f"{groups} of {machine.context_parallel} processes, which compute a sample together"
     return (
         f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {samples}; "
-        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {pluralize(plan.machine.world_size, 'process', 'processes')})"
+        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {processes})"
     )
 
 

@@ -8,14 +8,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import psutil
+import pytest
 from safetensors.torch import load_file
 
 from diffsynth_cli.main import main
+from diffsynth_core.training import loop
+from diffsynth_core.training.loader import MicroBatch
 from tests.conftest import ENTRIES
 
 PROCESSES = 2
@@ -184,6 +188,33 @@ def difference(one: Path, other: Path) -> tuple[float, float]:
         assert kinds[0] == kinds[1]
         weights += [float((left[key].float() - right[key].float()).abs().max()) for key in left]
     return max(losses), max(weights)
+
+
+def noise_of(reference: Path, train: Callable[[], Path]) -> tuple[float, float]:
+    """Return what one process differs from itself, as `difference` does, if it computes two or all of the four
+    samples of a step together, so that sums have another order.
+
+    Args:
+        reference: folder of a run with four micro-batches a step, each of one sample.
+        train: trains the same once more, and returns the folder.
+    """
+    fetch, found = loop.Run._fetch, []
+    for size in (2, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.Run, "_fetch", lambda *asked, size=size: _joined(fetch(*asked), size))
+            found.append(difference(reference, train()))
+    losses, weights = zip(*found, strict=True)
+    return max(losses), max(weights)
+
+
+def _joined(fetched: list[MicroBatch], size: int) -> list[MicroBatch]:
+    """Return the same samples, which have the same shape, in micro-batches of another size."""
+    pieces = [fetched[start : start + size] for start in range(0, len(fetched), size)]
+    joined = [
+        {name: sum((getattr(one, name) for one in piece), ()) for name in ("refs", "encoded", "raw")}
+        for piece in pieces
+    ]
+    return [replace(piece[0], **parts) for piece, parts in zip(pieces, joined, strict=True)]
 
 
 def serve(folder: Path, number: int, asking: int) -> None:

@@ -1,7 +1,7 @@
 """Every engine trains in two processes what one process trains with accumulation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from diffsynth_core.models.registry import load_family
-from diffsynth_core.training import loop
-from diffsynth_core.training.loader import MicroBatch
 from tests.runs.engines import (
     CHANGES,
     CONTROLNET,
@@ -23,6 +21,7 @@ from tests.runs.engines import (
     difference,
     flags_of,
     losses_of,
+    noise_of,
     train_here,
 )
 
@@ -134,33 +133,15 @@ IN_BF16: list[Case] = [
 ]
 
 
-def _joined(fetched: list[MicroBatch], size: int) -> list[MicroBatch]:
-    """Return the same samples, which have the same shape, in micro-batches of another size."""
-    pieces = [fetched[start : start + size] for start in range(0, len(fetched), size)]
-    joined = [
-        {name: sum((getattr(one, name) for one in piece), ()) for name in ("refs", "encoded", "raw")}
-        for piece in pieces
-    ]
-    return [replace(piece[0], **parts) for piece, parts in zip(pieces, joined, strict=True)]
-
-
 @pytest.fixture
-def noise(place, monkeypatch) -> Callable[[Case], tuple[float, float]]:
-    """What one process differs from itself if it computes two or all samples of a step together, so that sums have
-    another order.
-    """
-
-    fetch = loop.Run._fetch
+def noise(place) -> Callable[[Case], tuple[float, float]]:
+    """What one process differs from itself: see `noise_of`."""
 
     def measure(case: Case) -> tuple[float, float]:
-        found = []
-        for size in (2, 4):
-            with monkeypatch.context() as patch:
-                patch.setattr(loop.Run, "_fetch", lambda *asked, size=size: _joined(fetch(*asked), size))
-                output = place.train_alone(place.output(), *place.flags(case), "--gradient_accumulation_steps", "4")
-            found.append(difference(place.reference(case), output))
-        losses, weights = zip(*found, strict=True)
-        return max(losses), max(weights)
+        def train() -> Path:
+            return place.train_alone(place.output(), *place.flags(case), "--gradient_accumulation_steps", "4")
+
+        return noise_of(place.reference(case), train)
 
     return measure
 

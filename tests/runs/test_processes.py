@@ -52,7 +52,7 @@ def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[s
     )
 
 
-def launch_two(flags: list[str], models: Path, folder: Path, accelerate: tuple[str, ...]) -> None:
+def launch_all(flags: list[str], models: Path, folder: Path, accelerate: tuple[str, ...] = ()) -> None:
     process = launch(flags, models, folder, accelerate)
     reported, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -91,7 +91,7 @@ def train(recipe_models, photographs, two_processes, tmp_path_factory) -> Callab
         if arguments[:2] == ACCUMULATING:
             train_here(flags, recipe_models(recipe))
         elif accelerate or "--num_processes" in arguments:
-            launch_two(flags, recipe_models(recipe), folder, accelerate)
+            launch_all(flags, recipe_models(recipe), folder, accelerate)
         else:
             two_processes.train("ddp", {output: [*COMMON, *flags]}, recipe_models(recipe))
         return load_file(output / "epoch-0.safetensors")

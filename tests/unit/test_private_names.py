@@ -25,6 +25,8 @@ USED = {
     ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_flash_attention"),
     ("core/diffsynth_core/models/checkpointing.py", "_scaled_dot_product_flash_attention_for_cpu"),
     ("core/diffsynth_core/training/activations.py", "_base"),
+    ("core/diffsynth_core/training/context_parallel.py", "_cp_plan"),
+    ("core/diffsynth_core/training/context_parallel.py", "_parallel_config"),
     ("core/diffsynth_core/training/engines/zero.py", "_get_norm_groups"),
     ("core/diffsynth_core/training/engines/zero.py", "_hp_optimizer_states_linked"),
     ("core/diffsynth_core/training/engines/zero.py", "_lazy_init_hp_params_optimizer_state"),
@@ -33,7 +35,7 @@ USED = {
 }
 """Each has a comment where it is used, and a test below, which fails first if a package changes it; for the measurement
 of activations that is tests/unit/models/test_activation_memory.py, for attention tests/parity/test_attention.py, for
-DeepSpeed tests/runs/test_zero.py."""
+DeepSpeed tests/runs/test_zero.py, for context parallelism tests/runs/test_context_parallel.py."""
 NOT_PRIVATE = {"_exit", "_replace"}
 """Documented by Python: `os._exit`, and `_replace` of named tuples."""
 

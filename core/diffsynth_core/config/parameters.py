@@ -209,7 +209,7 @@ Compared = Literal["value", "course", "dataset", "weights", "precision", "storag
 - weights: the sha256 of the files of all components
 - precision: the effective mixed precision
 - storage: the components stored in 8-bit floats or quantized
-- micro_batches: micro-batches per step (accumulation x processes)
+- micro_batches: micro-batches per step (accumulation x processes / context_parallel)
 - state: nothing, because the state contains what the parameter initialized
 """
 
@@ -495,6 +495,19 @@ class Parameters(BaseModel):
         compared="micro_batches",
         unit="processes",
         documented=False,
+        ge=1,
+    )
+    context_parallel: Integer = _setting(
+        1,
+        "run",
+        "int",
+        "Number of processes that compute one sample together, each a part of its tokens: activations of long videos take that much less memory per GPU, and a step has that many times fewer micro-batches at once; `num_processes` is a multiple of it",
+        changes="numbers",
+        compared="micro_batches",
+        unit="processes",
+        families=("wan",),
+        documented=False,
+        for_video=True,
         ge=1,
     )
     accelerate_config: str | None = _setting(

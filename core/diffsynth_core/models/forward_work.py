@@ -37,11 +37,17 @@ class ForwardWork:
     Attributes:
         tokens: function from variant and micro-batch to the tokens of one sample.
         layers: pattern (fnmatch) of module keys -> the tokens that these layers read; the first match counts.
+        divided: kinds of tokens that processes which compute a sample together divide among them.
     """
 
     tokens: Callable[["Variant", StepSizes], Tokens]
     layers: Mapping[str, str]
     attentions: tuple[Attention, ...]
+    divided: tuple[str, ...] = ()
+
+    def of_process(self, tokens: Tokens, processes: int) -> Tokens:
+        """Return how many tokens each of several processes has that compute a sample together, at most."""
+        return {kind: -(-count // processes) if kind in self.divided else count for kind, count in tokens.items()}
 
 
 def count_image_tokens(image: MediaSize, target: "TargetSpec") -> int:

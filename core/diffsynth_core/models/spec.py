@@ -104,6 +104,8 @@ class ComponentFacts:
             does not read this component, or its names are not known.
         folder: its folder in a repository of diffusers, if it has another name there.
         work: of its forward pass in a training step; None: not declared.
+        heads: function from its files and shapes to its attention heads, where processes can divide the tokens of a
+            sample among them (`context_parallel`); None: they cannot.
     """
 
     name: str
@@ -128,6 +130,7 @@ class ComponentFacts:
     comfyui: KeyMap | Literal["original"] | None = None
     folder: str = ""
     work: ForwardWork | None = None
+    heads: "Callable[[ComponentFiles, Shapes], int] | None" = None
 
     def names_in(self, layout_name: LayoutName, layout: Layout) -> KeyMap | None:
         """Return the map from keys in files of a layout to module keys; None if there is none."""

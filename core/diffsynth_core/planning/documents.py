@@ -77,7 +77,9 @@ def several_gpus() -> Iterator[str]:
         "",
         "The fastest engine with which each process fits without another change (`--num_processes 8 --accelerate_config",
         "fsdp2`), and the memory that it needs. `ddp` holds the whole model in each process; `fsdp2` divides weights,",
-        "gradients and optimizer state, and `fsdp2offload` keeps its part of them in host memory.",
+        "gradients and optimizer state, and `fsdp2offload` keeps its part of them in host memory. Where none fits, the",
+        "fewest processes that fit if they compute each clip together (`--context_parallel 2`): a step then has that many",
+        "times fewer clips.",
         "",
         f"| recipe | {' | '.join(sizes)} |",
         f"|---|{'---|' * len(sizes)}",
@@ -99,7 +101,10 @@ def _engine_in_words(plan: RunPlan, number: int, size: str) -> str:
     run, limit = find_workload(several), memory_bytes(size)
     fits = engine_fits(several, memory_config(several, run.largest), limit, assumed_host_bytes(limit), run.encoded)
     fastest = next((fit for fit in fits if fit.fits), None)
-    return f"`{fastest.configuration}`, {format_memory(fastest.peak)}" if fastest else "does not fit"
+    if fastest is None:
+        return "does not fit"
+    together = f" with {fastest.context_parallel} processes per clip" if fastest.context_parallel else ""
+    return f"`{fastest.configuration}`{together}, {format_memory(fastest.peak)}"
 
 
 def page_recipes() -> list[str]:

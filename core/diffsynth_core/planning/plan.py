@@ -1,6 +1,6 @@
 """From resolved parameters to the plan of a run, with all problems collected."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from diffsynth_core.planning.drawing.jobs import GenerationJob
 from diffsynth_core.planning.drawing.previews import plan_previews, preview_option_problems
 from diffsynth_core.planning.machine.attention import attention_problems
 from diffsynth_core.planning.machine.compilation import compilation_problems, contradictions
+from diffsynth_core.planning.machine.context_parallel import context_parallel_problems
 from diffsynth_core.planning.machine.device import choose_device, choose_precision, noise_problems, operations_in_tf32
 from diffsynth_core.planning.machine.engines import REPLICATED, EngineChoice, engine_problems
 from diffsynth_core.planning.memory.block_swap import with_number_of_blocks
@@ -84,6 +85,7 @@ class Machine:
     Attributes:
         device: as torch names it.
         world_size: number of processes.
+        context_parallel: number of them, one after the other, that compute one sample together.
         engine: what distributes a step over them.
         tf32: kinds of float32 operations that a CUDA device computes in TF32.
     """
@@ -91,8 +93,22 @@ class Machine:
     device: str
     mixed_precision: str
     world_size: int = 1
+    context_parallel: int = 1
     engine: EngineChoice = REPLICATED
     tf32: tuple[str, ...] = ()
+
+    @property
+    def data_parallel(self) -> int:
+        """Number of micro-batches that are computed at once."""
+        return self.world_size // self.context_parallel
+
+    def share(self, process: int) -> int:
+        """Return which of the micro-batches at once a process computes, possibly with others."""
+        return process // self.context_parallel
+
+    def counts(self, process: int) -> bool:
+        """Return whether sums over all processes count what a process computes: of those that compute the same, one."""
+        return process % self.context_parallel == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +204,10 @@ def make_plan(
         report(*validation_problems(parameters), *preview_option_problems(parameters))
         _check_other_places(parameters)
         samples, held_out = _hold_out(parameters, found, samples, reporter)
-        steps = _step_plan(parameters, samples, world_size, held_out) if samples else None
+        steps = _step_plan(parameters, samples, machine.data_parallel, held_out) if samples else None
         previews = plan_previews(parameters, found, training, samples)
+        if found:
+            report(*_context_parallel_problems(parameters, found, world_size, samples, previews))
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache), *probe_problems(parameters))
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
@@ -276,6 +294,8 @@ def _choose_machine(
         device=device,
         mixed_precision=mixed_precision,
         world_size=world_size,
+        # Processes that it does not divide are a problem that is reported.
+        context_parallel=1 if world_size % parameters.context_parallel else parameters.context_parallel,
         engine=engine,
         tf32=operations_in_tf32(),
     )
@@ -371,6 +391,19 @@ def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, machine: 
         (report if problem.wrong_use else report_missing)(problem)  # another machine may compute otherwise
 
 
+def _context_parallel_problems(
+    parameters: Parameters,
+    found: ModelPlan,
+    world_size: int,
+    samples: SampleSet | None,
+    previews: Sequence[GenerationJob],
+) -> Iterator[Problem]:
+    """Yield why processes cannot compute what the model reads and draws together."""
+    read = [sample.target.shape for sample in samples.samples] if samples else []
+    drawn = [(job.num_frames, job.height, job.width) for job in previews]
+    yield from context_parallel_problems(parameters, found, world_size, [*read, *drawn])
+
+
 def _check_trackers(parameters: Parameters) -> None:
     """Report trackers that do not exist, or whose packages are not installed."""
     for problem in tracker_problems(parameters):
@@ -431,9 +464,11 @@ def _hold_out(
     return replace(samples, samples=every), tuple(range(len(samples.samples), len(every)))
 
 
-def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int, held_out: tuple[int, ...] = ()) -> StepPlan:
+def _step_plan(
+    parameters: Parameters, samples: SampleSet, data_parallel: int, held_out: tuple[int, ...] = ()
+) -> StepPlan:
     buckets = [sample.bucket for sample in samples.samples]
     batches = BatchPlan(buckets, parameters.dataset_repeat, parameters.batch_size, parameters.seed, held_out)
     return StepPlan(
-        batches, parameters.gradient_accumulation_steps * world_size, parameters.num_epochs, parameters.max_steps
+        batches, parameters.gradient_accumulation_steps * data_parallel, parameters.num_epochs, parameters.max_steps
     )

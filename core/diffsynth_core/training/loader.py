@@ -49,10 +49,11 @@ class _BatchIndex:
 
 def _batch_indices(plan: RunPlan, process: int) -> Iterator[_BatchIndex]:
     """Yield the micro-batches of one process from the plan's first step on, lazily: there may be millions."""
+    share = plan.machine.share(process)
     for step in range(plan.output.start.first_step, plan.data.steps.total_steps):
         part = plan.data.steps.slice(step)
-        for start in range(part.start, part.stop, plan.machine.world_size):
-            own = start + process
+        for start in range(part.start, part.stop, plan.machine.data_parallel):
+            own = start + share
             yield _BatchIndex(part.epoch, own, True) if own < part.stop else _BatchIndex(part.epoch, part.start, False)
 
 

@@ -219,7 +219,7 @@ class Run:
                 self.pace.begin_step()
                 part = steps.slice(step)
                 sample_count = steps.samples_in(part)
-                fetched = self._fetch(micro_batches, -(-(part.stop - part.start) // self.plan.machine.world_size))
+                fetched = self._fetch(micro_batches, -(-(part.stop - part.start) // self.plan.machine.data_parallel))
                 data_seconds = time.perf_counter() - started
 
                 rate = learning_rate(step, params.learning_rate, params.lr_scheduler, params.lr_warmup_steps, total)
@@ -320,7 +320,8 @@ class Run:
         """Compute the gradients of the mean loss over all samples of the step.
 
         Each micro-batch is scaled by world size / samples of the step, because engines average gradients over
-        processes; so the result is the mean over samples, whatever the sizes of the micro-batches.
+        processes; so the result is the mean over samples, whatever the sizes of the micro-batches. Processes that
+        compute a sample together have parts of its gradients each, which sum up like those of different samples.
 
         Returns:
             The mean loss, the norm of the gradients, whether any process was asked to stop, and whether the time allows
@@ -330,7 +331,7 @@ class Run:
         for index, micro_batch in enumerate(fetched):
             weight = self.plan.machine.world_size / sample_count if micro_batch.counts else 0.0
             losses = self.engine.forward_backward(micro_batch, weight, last=index == len(fetched) - 1)
-            if micro_batch.counts:
+            if micro_batch.counts and self.plan.machine.counts(self.accelerator.process_index):
                 total[0] += losses.sum()
         total[1] = float(bool(stop))
         total[2] = float(self._is_last_in_time(stop))

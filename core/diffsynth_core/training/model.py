@@ -22,6 +22,7 @@ from diffsynth_core.planning.memory.block_swap import trained_blocks
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.activations import OffloadActivations
+from diffsynth_core.training.context_parallel import divide_tokens
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.objective import SampleDraw
@@ -174,6 +175,8 @@ def build_training_module(
             )
         if settings.compile and is_denoiser:
             compile_blocks(plan.model.facts.component(name), module)
+        if plan.machine.context_parallel > 1 and is_denoiser:
+            divide_tokens(module, plan.machine, device, timestep_of_each=plan.model.variant.num_conditioning_frames > 0)
         components[name] = module
         tokenizers.update(load_tokenizers(plan.model, family, name))
     return TrainingModule(plan, family, components, tokenizers, trained_swap, device)

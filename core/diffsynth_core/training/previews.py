@@ -86,7 +86,7 @@ class Previews:
         """`encoded`: of `encode_previews`."""
         self._folder, self._encoded = plan.parameters.output_path, encoded
         self._plan = generation_plan(plan, accelerator)
-        self._compiled, self._world_size = plan.parameters.compile, plan.machine.world_size
+        self._compiled, self._machine = plan.parameters.compile, plan.machine
         self._of_averages = plan.parameters.evaluate_ema
         self._family = load_family(plan.model.facts.name)
         self._denoiser = model.components[plan.model.facts.denoiser]
@@ -115,7 +115,7 @@ class Previews:
             if latents is not None and self._accelerator.is_main_process and not must_end():
                 folder = self._write(step, latents)
         except Exception as error:
-            if self._world_size > 1 and latents is None and not isinstance(error, NotPrepared):
+            if self._machine.world_size > 1 and latents is None and not isinstance(error, NotPrepared):
                 raise
             failure = " ".join(str(error).split()) or type(error).__name__
         del latents
@@ -135,16 +135,16 @@ class Previews:
         Each process samples other jobs, of which all have the same steps and shapes; where none is left, the first of
         the round stands in for one.
         """
-        jobs, process = self._plan.jobs, self._accelerator.process_index
+        jobs, share = self._plan.jobs, self._machine.share(self._accelerator.process_index)
         found: list[Tensor] = []
-        for start in range(0, len(jobs), self._world_size):
-            counts = start + process < len(jobs)
-            latents = self._sample_one(start + process if counts else start, must_end)
+        for start in range(0, len(jobs), self._machine.data_parallel):
+            is_left = start + share < len(jobs)
+            latents = self._sample_one(start + share if is_left else start, must_end)
             if latents is None:
                 return None
-            of_round = torch.zeros(self._world_size, *latents.shape, device=latents.device)
-            if counts:
-                of_round[process] = latents
+            of_round = torch.zeros(self._machine.data_parallel, *latents.shape, device=latents.device)
+            if is_left and self._machine.counts(self._accelerator.process_index):
+                of_round[share] = latents
             of_round = self._engine.sum_over_processes(of_round).cpu()
             found += of_round[: len(jobs) - start]
         return found

@@ -23,8 +23,9 @@ class Validation:
 
     def __init__(self, plan: RunPlan, engine: Engine, process: int, device: torch.device) -> None:
         """`process`: the number of this process, whose `device` it is."""
-        self._engine, self._process, self._device = engine, process, device
-        self._world_size = plan.machine.world_size
+        self._engine, self._device = engine, device
+        self._at_once, self._share = plan.machine.data_parallel, plan.machine.share(process)
+        self._counts = plan.machine.counts(process)
         self._of_averages = plan.parameters.evaluate_ema
         self._bands = count_bands(plan.parameters)
         self._batches = held_out_batches(plan)
@@ -63,10 +64,10 @@ class Validation:
 
         Every process gets as many: where none is left, the first is a stand-in that does not count.
         """
-        for start in range(0, len(self._batches), self._world_size):
-            own = start + self._process
-            counts = own < len(self._batches)
-            number = own if counts else 0
+        for start in range(0, len(self._batches), self._at_once):
+            own = start + self._share
+            is_left = own < len(self._batches)
+            number = own if is_left else 0
             refs = [SampleRef(sample, 0) for sample in self._batches[number]]
-            micro_batch = self._micro_batches.load(VALIDATION_EPOCH, refs, [0] * len(refs), counts)
+            micro_batch = self._micro_batches.load(VALIDATION_EPOCH, refs, [0] * len(refs), is_left and self._counts)
             yield micro_batch, sum(map(len, self._batches[:number]))

@@ -1,5 +1,6 @@
 """The micro-batches of all processes: the same samples in the same steps, however they are distributed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,3 +117,10 @@ def test_encodings_are_read_once_as_far_as_they_have_room(tmp_path, monkeypatch,
             assert torch.equal(encoded["latents"], latents[f"{ref.sample:04}"])
     seen = sum(len(batch.refs) for batch in batches)
     assert len(cache.reads) == kept + (seen // len(SHAPES)) * (len(SHAPES) - kept)
+
+
+def test_processes_that_compute_a_sample_together_load_the_same():
+    four = plan_of(1, 2)
+    four = replace(four, machine=replace(four.machine, world_size=4, context_parallel=2))
+    for process in range(4):
+        assert batches_of(four, process) == batches_of(plan_of(1, 2), process // 2)

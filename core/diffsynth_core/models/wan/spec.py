@@ -1,13 +1,16 @@
 """Declaration of Wan. No torch."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from diffsynth_core.data.conditions import TargetSpec
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.models.configs import read_config
 from diffsynth_core.models.size_facts import EmbeddingSpec, LatentFacts
 from diffsynth_core.models.spec import (
     ComponentFacts,
+    ComponentFiles,
     EncoderFacts,
     FamilyFacts,
     Layout,
@@ -25,6 +28,7 @@ from diffsynth_core.models.wan.sizes import (
     FRAMES_PER_LATENT,
     IMAGE_TOKENS,
     PUBLISHED,
+    head_size,
 )
 from diffsynth_core.models.wan.work import WORK
 
@@ -165,6 +169,16 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
     )
 
 
+def heads(files: ComponentFiles, shapes: Shapes) -> int:
+    """Return the attention heads of a transformer: those of its config.json, else those by its shapes."""
+    config: Mapping[str, int] = {}
+    if files.config_path:
+        with suppress(DiffSynthError):  # its faults are reported when the component is built
+            config = read_config(files.config_path, shapes)
+    width = shapes["patch_embedding.weight"][0]
+    return config.get("num_attention_heads") or config.get("num_heads") or width // head_size(width)
+
+
 WAN = FamilyFacts(
     name="wan",
     implementation="diffsynth_core.models.wan.family:Wan",
@@ -175,6 +189,7 @@ WAN = FamilyFacts(
             name="dit",
             title="diffusion transformer",
             work=WORK,
+            heads=heads,
             layouts=(
                 Layout(keys.DIT_ORIGINAL_SIGNATURE, keys.DIT, keys.DIT),
                 Layout(keys.DIT_DIFFUSERS_SIGNATURE, public_keys=keys.DIT),

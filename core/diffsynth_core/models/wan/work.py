@@ -40,5 +40,6 @@ WORK = ForwardWork(
         Attention("*.attn2.to_q", IMAGE, TEXT),
         Attention("*.attn2.add_k_proj", IMAGE, SHOWN),
     ),
+    divided=(IMAGE, TIME),
 )
 """Of the transformer."""

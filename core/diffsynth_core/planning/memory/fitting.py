@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from diffsynth_core.models.encoded_sizes import EncodedSize
+from diffsynth_core.planning.machine.context_parallel import can_divide, context_parallel_problems
 from diffsynth_core.planning.machine.engines import REPLICATED, EngineChoice, exclusions
 from diffsynth_core.planning.memory.estimate import DeviceMemory, device_memory, host_memory, training_memory
 from diffsynth_core.planning.memory.fit_options import (
@@ -13,7 +14,7 @@ from diffsynth_core.planning.memory.fit_options import (
     parameter_changes,
 )
 from diffsynth_core.planning.memory.memory_config import MemoryConfig
-from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.planning.plan import Machine, RunPlan
 
 TIGHT_BYTES = 2**30
 """A run that leaves less than this of the GPU for what is not counted may fail all the same."""
@@ -163,16 +164,22 @@ def find_fit(
 
 @dataclass(frozen=True)
 class EngineFit:
-    """Whether a run fits in each of its processes with an engine, and what it takes there, in bytes."""
+    """Whether a run fits in each of its processes with an engine, and what it takes there, in bytes.
+
+    Attributes:
+        context_parallel: how many processes compute a sample together, if that is not as in the run.
+    """
 
     configuration: str
     peak: int
     fits: bool
+    context_parallel: int | None = None
 
     @property
-    def flag(self) -> str:
-        """The flag that asks for the engine."""
-        return f"--accelerate_config {self.configuration}"
+    def flags(self) -> str:
+        """The flags that ask for it."""
+        together = f" --context_parallel {self.context_parallel}" if self.context_parallel else ""
+        return f"--accelerate_config {self.configuration}{together}"
 
 
 CONFIGURATIONS: Mapping[str, EngineChoice] = {
@@ -188,19 +195,44 @@ def engine_fits(
     plan: RunPlan, config: MemoryConfig, limit: int, host_limit: int, encoded: EncodedSize = NOTHING_ENCODED
 ) -> Iterator[EngineFit]:
     """Yield what a run of several processes takes in each of them with the engines that it can use, otherwise
-    unchanged, the fastest first. One fits if it leaves `TIGHT_BYTES` of the GPU.
+    unchanged, the fastest first; and if none fits, the first that does with processes that compute a sample together.
+    One fits if it leaves `TIGHT_BYTES` of the GPU.
 
     Args:
         limit: memory of each GPU in bytes.
         host_limit: memory of the host for each process in bytes.
     """
-    for name, engine in CONFIGURATIONS.items():
-        if list(exclusions(plan.parameters, config.optimizer, config.precision, engine)):
-            continue
-        with_engine = replace(plan, machine=replace(plan.machine, engine=engine))
-        memory = device_memory(with_engine, config)
-        host = sum(host_memory(with_engine, config, memory, encoded).values())
-        yield EngineFit(name, memory.peak, memory.peak <= limit - TIGHT_BYTES and host <= host_limit)
+
+    def fits_with(machine: Machine) -> Iterator[EngineFit]:
+        for name, engine in CONFIGURATIONS.items():
+            if list(exclusions(plan.parameters, config.optimizer, config.precision, engine)):
+                continue
+            with_engine = replace(plan, machine=replace(machine, engine=engine))
+            memory = device_memory(with_engine, config)
+            host = sum(host_memory(with_engine, config, memory, encoded).values())
+            yield EngineFit(name, memory.peak, memory.peak <= limit - TIGHT_BYTES and host <= host_limit)
+
+    unchanged = list(fits_with(plan.machine))
+    yield from unchanged
+    if any(fit.fits for fit in unchanged):
+        return
+    for number in _more_together(plan, config):
+        for fit in fits_with(replace(plan.machine, context_parallel=number)):
+            if fit.fits:
+                yield replace(fit, context_parallel=number)
+                return
+
+
+def _more_together(plan: RunPlan, config: MemoryConfig) -> Iterator[int]:
+    """Yield how many processes could compute a sample together, beyond as many as do."""
+    shapes = {sample.target.shape for sample in plan.data.samples.samples} or {config.sizes.images[0]}
+    shapes |= {(job.num_frames, job.height, job.width) for job in plan.previews}
+    if not can_divide(plan.model):
+        return
+    for number in range(plan.machine.context_parallel + 1, plan.machine.world_size + 1):
+        asked = plan.parameters.model_copy(update={"context_parallel": number})
+        if not list(context_parallel_problems(asked, plan.model, plan.machine.world_size, shapes)):
+            yield number
 
 
 def alternatives(plan: RunPlan, config: MemoryConfig) -> Iterator[Candidate]:

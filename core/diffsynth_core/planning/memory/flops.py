@@ -62,6 +62,7 @@ class _Products:
         weights: for the gradients of what trains of it.
         in_part: whether it is in a part of the block that has layers of its own.
         is_attention: whether it is an attention.
+        is_exchanged: whether processes exchange its tokens and heads, so that the backward pass computes it again.
     """
 
     block: str | None
@@ -70,6 +71,7 @@ class _Products:
     weights: float = 0
     in_part: bool = False
     is_attention: bool = False
+    is_exchanged: bool = False
 
 
 def step_flops(plan: RunPlan, sizes: StepSizes) -> StepFlops | None:
@@ -94,9 +96,11 @@ def _products(plan: RunPlan, component: str, facts: ComponentFacts, tokens: Toke
     shapes, ranks = plan.model.shapes[component], _lora_ranks(plan, component)
     trained = trainable_weights(plan, component, shapes)
     assert facts.work is not None
+    processes = plan.machine.context_parallel
+    own = facts.work.of_process(tokens, processes)
     for layer in sorted(modules_with_weights(shapes)):
         weight = shapes[f"{layer}.weight"]
-        read = next(tokens[kind] for pattern, kind in facts.work.layers.items() if fnmatchcase(layer, pattern))
+        read = next(own[kind] for pattern, kind in facts.work.layers.items() if fnmatchcase(layer, pattern))
         base = 2 * math.prod(weight) * read
         lora = 2 * ranks.get(layer, 0) * (math.prod(weight[1:]) + weight[0]) * read
         changing = lora + (base if f"{layer}.weight" in trained else 0)
@@ -106,10 +110,18 @@ def _products(plan: RunPlan, component: str, facts: ComponentFacts, tokens: Toke
         for layer in modules_with_weights(shapes):
             if fnmatchcase(layer, attention.layer):
                 width = shapes[f"{layer}.weight"][0]
-                forward = 4 * tokens[attention.queries] * tokens[attention.keys] * width
+                # Of a part of the heads for all tokens, as much as of all heads for a part of the tokens.
+                forward = 4 * own[attention.queries] * tokens[attention.keys] * width
                 block = block_of(layer, facts)
                 inputs = BACKWARD_OF_ATTENTION * forward
-                yield _Products(block, forward, inputs, in_part=_is_in_part(layer, block), is_attention=True)
+                yield _Products(
+                    block,
+                    forward,
+                    inputs,
+                    in_part=_is_in_part(layer, block),
+                    is_attention=True,
+                    is_exchanged=processes > 1 and attention.keys in facts.work.divided,
+                )
 
 
 def _is_in_part(layer: str, block: str | None) -> bool:
@@ -131,7 +143,11 @@ def _passes(plan: RunPlan, component: str, facts: ComponentFacts, products: list
     return StepFlops(
         sum(product.forward for product in products),
         sum(product.inputs for product in reached) + sum(product.weights for product in products),
-        sum(_repetitions(product, order, RECOMPUTATIONS[kind]) * product.forward for product in reached) if kind else 0,
+        sum(
+            product.forward
+            * ((_repetitions(product, order, RECOMPUTATIONS[kind]) if kind else 0) + product.is_exchanged)
+            for product in reached
+        ),
     )
 
 
