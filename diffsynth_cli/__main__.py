@@ -1,10 +1,11 @@
 """`diffsynth`, and `python -m diffsynth_cli`: handles Ctrl-C also while modules are being imported."""
 
+import gc
 import os
 import sys
 from typing import NoReturn
 
-from diffsynth_cli import COMPLETION, REPORTS, STOPPED
+from diffsynth_cli import COLLECTIONS, COMPLETION, REPORTS, STOPPED
 
 ON_WINDOWS = """\
 error: diffsynth does not run natively on Windows
@@ -18,6 +19,7 @@ def run() -> int:
     if sys.platform == "win32":  # before the engine is imported, which needs locks and signals that Windows lacks
         sys.stderr.write(ON_WINDOWS)
         return 1
+    gc.set_threshold(*COLLECTIONS)
     try:
         if COMPLETION in os.environ:
             from diffsynth_cli.completion import complete

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diffsynth_cli import COLLECTIONS
 from tests.loras import RECIPES, TinyFamily, write_images, write_tiny_family
 from tests.naming import names
 from tests.outcome import Outcome
@@ -30,8 +31,7 @@ CAPTIONS = {
 }
 
 
-# Imported modules are a million objects that stay; searching them as often as by default takes a tenth of the tests.
-gc.set_threshold(100_000, 50, 1000)
+gc.set_threshold(*COLLECTIONS)  # as a command does
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
