@@ -8,4 +8,5 @@ COMPLETION = "_DIFFSYNTH_COMPLETE"
 """Environment variable in which the scripts of `--show-completion` say what they ask for, such as `complete_bash`."""
 COLLECTIONS = (100_000, 50, 1000)
 """Thresholds of Python's garbage collector (`gc.set_threshold`): imported modules are a million objects that stay, and
-searching them as often as by default takes a fifth of the time to import them. Steps leave it no tensors."""
+searching them as often as by default takes a fifth of the time to import them. Steps leave it no tensors
+(tests/runs/test_garbage.py)."""

@@ -36,3 +36,32 @@ def test_all_that_does_not_go_with_it_is_in_one_report(cli, recipe_models, says,
         (names("48 x 32 x 1 frames (6 tokens)"), names("pass 2", "--num_frames")),
     ]
     says(without_progress(outcome.err))
+
+
+def test_a_rehearsal_computes_each_sample_in_its_one_process(cli):
+    size = ("--height", 32, "--width", 32, "--num_frames", 1)
+    outcome = cli(
+        "train", "--recipe", "wan2.1-t2v-1.3b-lora", "--context_parallel", 2, "--rehearse", "--max_steps", 1, *size
+    )
+    assert outcome.code == 0, outcome.err
+    assert names("The rehearsal computes each sample in one process", "context_parallel", "instead of 2") == outcome.err
+
+
+def test_encoding_alone_needs_no_other_process(cli, recipe_models, tmp_path, monkeypatch):
+    recipe = "wan2.1-t2v-1.3b-lora"
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models(recipe)))
+    write_clip(tmp_path / "a.mov", detailed(5, 32, 48))
+    (tmp_path / "metadata.csv").write_text("video,prompt\na.mov,rain\n")
+    size = ("--height", 32, "--width", 48, "--num_frames", 1)
+    flags = (
+        "--recipe",
+        recipe,
+        "--device",
+        "cpu",
+        "--dataset_base_path",
+        tmp_path,
+        *size,
+        "--task",
+        "sft:data_process",
+    )
+    assert cli("train", *flags, "--context_parallel", 2, "--dry_run").code == 0

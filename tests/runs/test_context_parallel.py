@@ -48,7 +48,6 @@ CASES: dict[str, Case] = {
     "no checkpointing": (T2V, "full", ("--no-use_gradient_checkpointing",)),
     "nested checkpoints": (T2V, "lora", ("--checkpointing", "nested")),
     "every second block kept": (T2V, "lora", ("--checkpointing", "keep_every_2")),
-    "activations on the host": (T2V, "lora", ("--use_gradient_checkpointing_offload",)),
     "8-bit floats": (T2V, "lora", ("--fp8_models", DIT)),
     "nf4": (T2V, "lora", ("--quant_options", f"{DIT}:nf4")),
     "watched": (T2V, "lora", WATCHED),

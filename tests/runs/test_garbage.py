@@ -8,6 +8,8 @@ import torch
 
 from diffsynth_core.training import loop
 
+PREVIEWS = ("--preview_prompts", "dataset", "--preview_every", 1, "--preview_steps", 2)
+
 
 @pytest.fixture
 def tensors_left(monkeypatch) -> Iterator[list[torch.Tensor]]:
@@ -41,6 +43,7 @@ def tensors_left(monkeypatch) -> Iterator[list[torch.Tensor]]:
     [
         ("qwen-image-lora", ("--use_gradient_checkpointing", "--checkpointing", "nested")),
         ("qwen-image-full", ("--fused_backward",)),
+        ("qwen-image-lora", ("--validation_split", "0.25", "--validate_every", 1, *PREVIEWS)),
     ],
 )
 def test_a_step_leaves_no_tensors_to_collect(tensors_left, train_into, recipe, flags):

@@ -501,13 +501,12 @@ class Parameters(BaseModel):
         1,
         "run",
         "int",
-        "Number of processes that compute one sample together, each a part of its tokens: activations of long videos take that much less memory per GPU, and a step has that many times fewer micro-batches at once; `num_processes` is a multiple of it",
+        "Number of processes that compute one sample together, each a part of its tokens: activations of long videos take about that many times less memory per GPU, and that many times fewer micro-batches are computed at once; `num_processes` is a multiple of it",
         changes="numbers",
         compared="micro_batches",
         unit="processes",
         families=("wan",),
         documented=False,
-        for_video=True,
         ge=1,
     )
     accelerate_config: str | None = _setting(

@@ -131,7 +131,7 @@ class StepPlan:
     """Assignment of micro-batches to optimizer steps, which do not cross epochs.
 
     Attributes:
-        micro_batches: per step over all processes: gradient accumulation x processes.
+        micro_batches: per step over all processes: gradient accumulation x processes / context_parallel.
     """
 
     batches: BatchPlan

@@ -85,7 +85,7 @@ class Machine:
     Attributes:
         device: as torch names it.
         world_size: number of processes.
-        context_parallel: number of them, one after the other, that compute one sample together.
+        context_parallel: number of consecutive processes that compute one sample together.
         engine: what distributes a step over them.
         tf32: kinds of float32 operations that a CUDA device computes in TF32.
     """
@@ -107,7 +107,9 @@ class Machine:
         return process // self.context_parallel
 
     def counts(self, process: int) -> bool:
-        """Return whether sums over all processes count what a process computes: of those that compute the same, one."""
+        """Return whether sums over all processes count what a process computes: of those that compute one sample
+        together, the first.
+        """
         return process % self.context_parallel == 0
 
 
@@ -206,8 +208,8 @@ def make_plan(
         samples, held_out = _hold_out(parameters, found, samples, reporter)
         steps = _step_plan(parameters, samples, machine.data_parallel, held_out) if samples else None
         previews = plan_previews(parameters, found, training, samples)
-        if found:
-            report(*_context_parallel_problems(parameters, found, world_size, samples, previews))
+        if found and task.trains:
+            report(*_context_parallel_problems(parameters, found, training, world_size, samples, previews))
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache), *probe_problems(parameters))
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
@@ -294,11 +296,16 @@ def _choose_machine(
         device=device,
         mixed_precision=mixed_precision,
         world_size=world_size,
-        # Processes that it does not divide are a problem that is reported.
-        context_parallel=1 if world_size % parameters.context_parallel else parameters.context_parallel,
+        context_parallel=_context_parallel(parameters, world_size),
         engine=engine,
         tf32=operations_in_tf32(),
     )
+
+
+def _context_parallel(parameters: Parameters, world_size: int) -> int:
+    """Return how many processes compute a sample together: what does not divide their number is reported elsewhere."""
+    asked = parameters.context_parallel
+    return asked if TASKS[parameters.task].trains and world_size % asked == 0 else 1
 
 
 def _planned_for(parameters: Parameters, machine: Machine) -> Machine:
@@ -394,6 +401,7 @@ def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, machine: 
 def _context_parallel_problems(
     parameters: Parameters,
     found: ModelPlan,
+    training: Training | None,
     world_size: int,
     samples: SampleSet | None,
     previews: Sequence[GenerationJob],
@@ -401,7 +409,8 @@ def _context_parallel_problems(
     """Yield why processes cannot compute what the model reads and draws together."""
     read = [sample.target.shape for sample in samples.samples] if samples else []
     drawn = [(job.num_frames, job.height, job.width) for job in previews]
-    yield from context_parallel_problems(parameters, found, world_size, [*read, *drawn])
+    trained = training.components if training else ()
+    yield from context_parallel_problems(parameters, found, trained, world_size, [*read, *drawn])
 
 
 def _check_trackers(parameters: Parameters) -> None:

@@ -56,7 +56,11 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     changes |= _without_other_places(parameters, reporter)
     if parameters.max_steps is None:
         changes["max_steps"] = SETTINGS["max_steps"].rehearsal_limit
-    changes |= _fewer_blocks(parameters, reporter) | _fewer_sampling_steps(resolved, reporter)
+    changes |= (
+        _whole_samples(parameters, reporter)
+        | _fewer_blocks(parameters, reporter)
+        | _fewer_sampling_steps(resolved, reporter)
+    )
     variant = variant_of(named, facts, parameters.extra_inputs)
     changes |= _reduced_size(resolved, variant, reporter)
     if not resolved.origin("dataset_base_path").is_given:
@@ -110,6 +114,15 @@ def _fewer_blocks(parameters: Parameters, reporter: Reporter) -> dict[str, objec
         return {}
     reporter.info(f"The rehearsal swaps {limit} blocks (instead of {asked}): its models are tiny")
     return {"blocks_to_swap": limit}
+
+
+def _whole_samples(parameters: Parameters, reporter: Reporter) -> dict[str, object]:
+    """Return that the one process of a rehearsal computes each sample alone, and report the change."""
+    if parameters.context_parallel == 1:
+        return {}
+    instead = f"`context_parallel` 1 (instead of {parameters.context_parallel})"
+    reporter.info(f"The rehearsal computes each sample in one process: {instead}")
+    return {"context_parallel": 1}
 
 
 def _fewer_sampling_steps(resolved: Resolved, reporter: Reporter) -> dict[str, object]:

@@ -40,8 +40,8 @@ def divide_tokens(transformer: Any, machine: Machine, device: torch.device, time
             processor._parallel_config = config
             if not part.is_cross_attention:
                 keep_dtypes(part)
-    of_inputs = "" if timestep_of_each else None
-    divided = {place: tensors for place, tensors in transformer._cp_plan.items() if place or place == of_inputs}
+    # The module itself, "", has timesteps alone divided.
+    divided = {place: tensors for place, tensors in transformer._cp_plan.items() if place or timestep_of_each}
     apply_context_parallel(transformer, config.context_parallel_config, divided)
 
 
@@ -49,7 +49,8 @@ def keep_dtypes(attention: Any) -> None:
     """Have the queries and keys of an attention in the dtype of its values, whatever autocast makes of their norms.
 
     On CUDA devices autocast computes norms in float32. The attention of diffusers that exchanges tokens would then fail
-    in its backward pass, which is outside of autocast.
+    in its backward pass, which is outside of autocast. So queries and keys are rounded before the rotary embedding as
+    well as after it.
     """
     for norm in (attention.norm_q, attention.norm_k):
         norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))

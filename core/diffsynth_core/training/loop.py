@@ -388,8 +388,13 @@ class Run:
     def _save_checkpoint(self, interrupted: bool) -> None:
         """Save the trained weights; the checkpoint of an interrupted run is named after the step."""
         self.engine.wait()
-        if not (self.accelerator.is_main_process or self.engine.gathers):
-            return
+        if self.accelerator.is_main_process or self.engine.gathers:
+            self._write_checkpoint(interrupted)
+        if self.plan.machine.context_parallel > 1:
+            # The others would wait in the groups that exchange tokens, which give up sooner than the group of all.
+            self.engine.wait()
+
+    def _write_checkpoint(self, interrupted: bool) -> None:
         content = checkpoint_content(self.plan, self.model, self.engine.whole)
         averages = self.plan.training.optimizer.ema_decay is not None
         average = checkpoint_content(self.plan, self.model, self.engine.average) if averages else None

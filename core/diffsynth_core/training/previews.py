@@ -132,8 +132,8 @@ class Previews:
     def _sample(self, must_end: Callable[[], bool]) -> list[Tensor] | None:
         """Return the latents of each job, `[1, C, F, h, w]` on the host; None if any process has to end the run.
 
-        Each process samples other jobs, of which all have the same steps and shapes; where none is left, the first of
-        the round stands in for one.
+        Processes sample different jobs, but for those that compute a sample together. All have the same steps and
+        shapes; where none is left, the first of the round stands in for one.
         """
         jobs, share = self._plan.jobs, self._machine.share(self._accelerator.process_index)
         found: list[Tensor] = []

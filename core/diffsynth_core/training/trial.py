@@ -50,12 +50,22 @@ def try_largest(plan: RunPlan, model: TrainingModule, engine: Engine, device: to
         if not is_out_of_memory(error):
             raise
     # Outside of the block, where the traceback no longer keeps the tensors of the passes.
-    if engine.sum_over_processes(torch.tensor([float(losses is None)], device=device)).item() or losses is None:
+    failed = losses is None
+    if not _communicates_in_passes(plan):
+        failed = engine.sum_over_processes(torch.tensor([float(failed)], device=device)).item() > 0
+    if failed or losses is None:
         free_device_memory(device)
         raise _does_not_fit(plan, micro_batch, device)
     is_new = not plan.output.start.first_step and not plan.parameters.rehearse
     if is_new and count_parameters(plan, plan.model.facts.denoiser) >= LEAST_TRAINED:
         _check_base(model, micro_batch, losses, reporter)
+
+
+def _communicates_in_passes(plan: RunPlan) -> bool:
+    """Return whether processes need each other within a pass: those that wait there are ended by the launcher when one
+    of them fails.
+    """
+    return plan.machine.engine.spec.shards_weights or plan.machine.context_parallel > 1
 
 
 def _check_base(model: TrainingModule, micro_batch: MicroBatch, losses: Tensor, reporter: Reporter) -> None:

@@ -45,7 +45,7 @@ class Validation:
         """The loss of each held-out sample in each band, `[bands, samples]` float32 on the CPU.
 
         One process computes a loss, in the same micro-batch whatever their number, and the others add zero: so their
-        number does not change it.
+        number does not change it. Those that compute a sample together sum in another order.
         """
         losses = torch.zeros(self._bands, sum(map(len, self._batches)), device=self._device)
         for micro_batch, first in self._own():
@@ -55,7 +55,7 @@ class Validation:
                 refs = tuple(SampleRef(ref.sample, number) for ref in micro_batch.refs)
                 of_band = replace(micro_batch, refs=refs, band=Band(number, self._bands), numbers=numbers)
                 measured = self._engine.evaluate(of_band)
-                if micro_batch.counts:
+                if micro_batch.counts and self._counts:
                     losses[number, first : first + size] = measured
         return self._engine.sum_over_processes(losses).cpu()
 
@@ -69,5 +69,5 @@ class Validation:
             is_left = own < len(self._batches)
             number = own if is_left else 0
             refs = [SampleRef(sample, 0) for sample in self._batches[number]]
-            micro_batch = self._micro_batches.load(VALIDATION_EPOCH, refs, [0] * len(refs), is_left and self._counts)
+            micro_batch = self._micro_batches.load(VALIDATION_EPOCH, refs, [0] * len(refs), is_left)
             yield micro_batch, sum(map(len, self._batches[:number]))

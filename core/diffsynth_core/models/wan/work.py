@@ -14,6 +14,8 @@ from diffsynth_core.models.spec import Variant
 from diffsynth_core.models.wan.captions import MAX_TOKENS
 from diffsynth_core.models.wan.sizes import EMBEDDER
 
+INPUT = "input"
+"""Kind of tokens: those of the clip before the first block, where processes do not divide them yet."""
 TIME = "time"
 """Kind of tokens: timesteps, one per sample, or one per token where some latents stay clean."""
 
@@ -22,12 +24,14 @@ def tokens(variant: Variant, sizes: StepSizes) -> Tokens:
     """Return the tokens of one sample; frames that are shown are channels of the clip's tokens."""
     image = count_image_tokens(sizes.images[0], variant.target)
     shown = sum(encoder.states.count for encoder in variant.encoders if encoder.states)
-    return {IMAGE: image, TEXT: MAX_TOKENS, SHOWN: shown, TIME: image if variant.num_conditioning_frames else 1}
+    time = image if variant.num_conditioning_frames else 1
+    return {INPUT: image, IMAGE: image, TEXT: MAX_TOKENS, SHOWN: shown, TIME: time}
 
 
 WORK = ForwardWork(
     tokens,
     {
+        "patch_embedding": INPUT,
         f"{EMBEDDER}.time_*": TIME,
         f"{EMBEDDER}.text_embedder.*": TEXT,
         f"{EMBEDDER}.image_embedder.*": SHOWN,

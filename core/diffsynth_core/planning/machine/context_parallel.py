@@ -1,7 +1,7 @@
 """Whether processes can compute a sample together, each a part of its tokens. No torch."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from diffsynth_core.config.choices import RECOMPUTATIONS
 from diffsynth_core.config.parameters import Parameters
@@ -14,7 +14,7 @@ from diffsynth_core.progress import pluralize, verb
 KERNELS = ("auto", "sdpa")
 """Values of `attention` whose exchange of tokens and heads is proven."""
 SHOWN_SIZES = 3
-WITHOUT = "or remove `--context_parallel`"
+WITHOUT = "or pass `--context_parallel 1`"
 
 
 def can_divide(model: ModelPlan) -> bool:
@@ -23,11 +23,16 @@ def can_divide(model: ModelPlan) -> bool:
 
 
 def context_parallel_problems(
-    parameters: Parameters, model: ModelPlan, world_size: int, sizes: Iterable[MediaSize]
+    parameters: Parameters,
+    model: ModelPlan,
+    trained: Collection[str],
+    world_size: int,
+    sizes: Iterable[MediaSize],
 ) -> Iterator[Problem]:
     """Yield why processes cannot compute each sample together.
 
     Args:
+        trained: components that train.
         sizes: of the clips that the model reads or draws.
     """
     count = parameters.context_parallel
@@ -38,6 +43,11 @@ def context_parallel_problems(
         what = f"`context_parallel` {count} needs a multiple of {count} processes, and {are}"
         yield Problem(what, f"pass a multiple of {count} as `--num_processes`, {WITHOUT}", wrong_use=True)
     yield from _exclusions(parameters)
+    for encoder in model.variant.encoders:
+        if encoder.latents and encoder.component in trained:
+            # Each process would have its gradient of the target whole, beside its part of that through the model.
+            what = f"{encoder.component} does not train with `context_parallel`: it makes what the loss compares with"
+            yield Problem(what, f"train without {encoder.component}, {WITHOUT}", wrong_use=True)
     yield from _indivisible(count, model, sizes)
 
 

@@ -299,7 +299,9 @@ def _whole_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         *plan.training.components,
     } & plan.model.components.keys()
     adapters = lora_numbers(plan, config.rank)
-    activations = _of_process(step_activations(plan, config), plan.machine.context_parallel)
+    activations = step_activations(plan, config)
+    if plan.machine.context_parallel > 1:
+        activations = _of_process(activations, plan)
     gradients = trained_tensor_bytes(plan, config.rank, config.trained_dtype)
     kept = activations.checkpointed if config.recompute else activations.stored
     kept *= max((sample.sampling.steps for sample in plan.data.samples.samples if sample.sampling), default=1)
@@ -332,13 +334,13 @@ def _whole_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     )
 
 
-def _of_process(whole: StepActivations, processes: int) -> StepActivations:
-    """Return the activations of each of several processes that compute a sample together: its part of those of blocks.
+def _of_process(whole: StepActivations, plan: RunPlan) -> StepActivations:
+    """Return the activations of each of several processes that compute a sample together.
 
-    What the first block gets is whole in each of them, and a block works with copies of what is exchanged.
+    Each has its part of those of the denoiser. What the first block gets is whole in each of them, and a block works
+    with copies of what is exchanged. Encoders that train are whole in all; with them, all counts as whole.
     """
-    if processes == 1:
-        return whole
+    processes = 1 if measured_encoders(plan) else plan.machine.context_parallel
     return replace(
         whole,
         stored=whole.stored // processes + whole.block_inputs,

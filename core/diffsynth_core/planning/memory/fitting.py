@@ -231,7 +231,8 @@ def _more_together(plan: RunPlan, config: MemoryConfig) -> Iterator[int]:
         return
     for number in range(plan.machine.context_parallel + 1, plan.machine.world_size + 1):
         asked = plan.parameters.model_copy(update={"context_parallel": number})
-        if not list(context_parallel_problems(asked, plan.model, plan.machine.world_size, shapes)):
+        trained, processes = plan.training.components, plan.machine.world_size
+        if not list(context_parallel_problems(asked, plan.model, trained, processes, shapes)):
             yield number
 
 

@@ -79,7 +79,7 @@ def check_output(
             _check_free(parameters, record)
             return ResumePoint()
         _check_same_run(parameters, record, fingerprint)
-        _check_same_steps(folder, record, steps, mixed_precision)
+        _check_same_steps(parameters, folder, record, steps, mixed_precision)
         _check_same_storage(folder, record, model)
         return _resumed(parameters, record, steps, reporter)
     except DiffSynthError as error:
@@ -234,14 +234,19 @@ def _check_free(parameters: Parameters, record: RunRecord | None) -> None:
         )
 
 
-def _check_same_steps(folder: Path, record: RunRecord, steps: StepPlan | None, mixed_precision: str) -> None:
+def _check_same_steps(
+    parameters: Parameters, folder: Path, record: RunRecord, steps: StepPlan | None, mixed_precision: str
+) -> None:
     """Check that the micro-batches per step and the precision are unchanged; the number of processes may differ."""
+    at_once, flag = "processes", "processes"
+    if parameters.context_parallel > 1 or record.parameters.get("context_parallel", 1) != 1:
+        at_once, flag = "processes / context_parallel", "processes / `--context_parallel`"
     if steps and steps.micro_batches != record.micro_batches_per_step:
         report(
             Problem(
-                f"a step had {record.micro_batches_per_step} micro-batches (accumulation x processes) "
+                f"a step had {record.micro_batches_per_step} micro-batches (accumulation x {at_once}) "
                 f"in the run in `{folder}`, now {steps.micro_batches}",
-                f"resume with `--gradient_accumulation_steps` x processes = {record.micro_batches_per_step}",
+                f"resume with `--gradient_accumulation_steps` x {flag} = {record.micro_batches_per_step}",
                 wrong_use=True,
             )
         )

@@ -18,13 +18,13 @@ class DividingEngine(Engine):
         self._updating = False
 
     def gather(self, own: Tensor, shape: torch.Size, size: int) -> Tensor:
-        """Return a tensor of which the processes hold `size` numbers each, in their order, as far as there are any.
+        """Return a tensor of which each process holds the next `size` numbers, the last ones fewer or none.
 
         Args:
             own: the numbers of this process, on any device; what is beyond the end of the tensor is left out.
         """
-        # On the device, where processes communicate. Each sends its numbers to their place: an all-gather may hold the
-        # tensor twice.
+        # On the device, where processes communicate. Each sends its numbers to their place: an all-gather of gloo holds
+        # the tensor twice.
         whole = torch.empty(shape, dtype=own.dtype, device=self.accelerator.device)
         for rank, part in enumerate(torch.split(whole.view(-1), size)):
             if rank == self.accelerator.process_index:

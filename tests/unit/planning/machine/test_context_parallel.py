@@ -18,6 +18,7 @@ from diffsynth_core.planning.memory.sizes import find_workload
 from diffsynth_core.planning.plan import Machine
 from tests.naming import names
 
+TRAINED = ("dit",)
 CLIP = (81, 480, 832)
 """Frames, height, width: 21 x 30 x 52 tokens."""
 
@@ -57,32 +58,38 @@ def test_processes_that_follow_each_other_compute_the_same():
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_it_is_refused(large, changed, processes, what, hint):
-    (problem,) = context_parallel_problems(asked(2, **changed), large.model, processes, [CLIP])
+    (problem,) = context_parallel_problems(asked(2, **changed), large.model, TRAINED, processes, [CLIP])
     assert problem.wrong_use and problem.message == what and problem.hint == hint
-    assert not list(context_parallel_problems(asked(1, **changed), large.model, processes, [CLIP]))
+    assert not list(context_parallel_problems(asked(1, **changed), large.model, TRAINED, processes, [CLIP]))
 
 
 def test_the_rest_goes_with_it(large):
     assert not list(
-        context_parallel_problems(asked(2, attention="sdpa", checkpointing="nested"), large.model, 4, [CLIP])
+        context_parallel_problems(asked(2, attention="sdpa", checkpointing="nested"), large.model, TRAINED, 4, [CLIP])
     )
 
 
 def test_heads_and_tokens_have_to_divide(large):
-    assert not list(context_parallel_problems(asked(8), large.model, 8, [CLIP]))
-    (heads,) = context_parallel_problems(asked(3), large.model, 3, [CLIP])
+    assert not list(context_parallel_problems(asked(8), large.model, TRAINED, 8, [CLIP]))
+    (heads,) = context_parallel_problems(asked(3), large.model, TRAINED, 3, [CLIP])
     assert heads.message == names("3", "40 attention heads") and heads.hint == names("2, 4, 5, 8, 10, 20 or 40")
     sizes = [CLIP, *((49, 480, width) for width in (816, 848, 880, 912))]
-    (odd,) = context_parallel_problems(asked(4), large.model, 4, [CLIP, (1, 480, 816), *sizes])
+    (odd,) = context_parallel_problems(asked(4), large.model, TRAINED, 4, [CLIP, (1, 480, 816), *sizes])
     assert odd.message == names("816 x 480 x 1 frames (1530 tokens)", "and 2 more") and "832" not in odd.message
     assert odd.hint == names("pass 2, 5 or 10, or", "--num_frames", "16 x 16 pixels of 4 frames")
-    (odd,) = context_parallel_problems(asked(4), large.model, 4, [(5, 48, 80), (1, 48, 48)])
+    (odd,) = context_parallel_problems(asked(4), large.model, TRAINED, 4, [(5, 48, 80), (1, 48, 48)])
     assert odd.hint == names("change `--num_frames`") and "pass" not in odd.hint
 
 
 def test_another_family_has_no_such_parameter():
     (plan,) = plan_of_recipe("qwen-image-lora")
-    assert not list(context_parallel_problems(asked(7), plan.model, 7, [CLIP]))
+    assert not list(context_parallel_problems(asked(7), plan.model, TRAINED, 7, [CLIP]))
+
+
+def test_what_makes_the_target_does_not_train_with_it(large):
+    (problem,) = context_parallel_problems(asked(2), large.model, ("dit", "vae"), 2, [CLIP])
+    assert problem.message == names("vae does not train", "context_parallel") and problem.hint == names("without vae")
+    assert not list(context_parallel_problems(asked(2), large.model, ("dit", "text_encoder"), 2, [CLIP]))
 
 
 def test_a_process_holds_a_part_of_the_activations_and_all_of_the_weights(large):
