@@ -12,7 +12,7 @@ from diffsynth_core.data.videos import load_clip
 from tests.clips import detailed, write_clip
 from tests.covering import long_ones
 from tests.runs.engines import COMMON, ENGINES, RECIPES, TASKS, TwoProcesses, difference, noise_of, train_here
-from tests.runs.test_processes import launch_all
+from tests.runs.test_processes import launch, launch_all
 
 Case = tuple[str, str, tuple[str, ...]]
 """Recipe without its task, task, and further flags."""
@@ -185,3 +185,30 @@ def test_two_pairs_of_processes_begin_what_one_process_ends(place, tmp_path):
     print(f"two pairs, then one process: losses off by {losses:.1e}, weights by {weights:.1e}")
     assert losses < 1e-5 and weights < 1e-5
     check_watched(alone, pairs)
+
+
+FULL_IN_RANK_1 = """
+import os
+
+if os.environ.get("RANK") == "1":
+    import torch
+    from diffsynth_core.training.model import TrainingModule
+
+    def full(self, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    TrainingModule.forward = full
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [TOGETHER, ("--accelerate_config", "fsdp2")], ids=["together", "fsdp2"])
+def test_a_process_without_memory_ends_the_one_that_waits_in_the_same_pass(place, tmp_path, monkeypatch, more):
+    (tmp_path / "sitecustomize.py").write_text(FULL_IN_RANK_1)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    case = CASES["LoRA"]
+    flags = [*place.flags(case), "--num_processes", "2", *more, "--output_path", str(tmp_path / "out")]
+    process = launch(flags, place.models(case), tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert errors.count("error: ") == 1 and "has not enough memory for the largest micro-batch" in errors, errors
