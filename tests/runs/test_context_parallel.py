@@ -12,7 +12,7 @@ from diffsynth_core.data.videos import load_clip
 from tests.clips import detailed, write_clip
 from tests.covering import long_ones
 from tests.runs.engines import COMMON, ENGINES, RECIPES, TASKS, TwoProcesses, difference, noise_of, train_here
-from tests.runs.test_processes import launch, launch_all
+from tests.runs.test_processes import end_of, launch, launch_all
 
 Case = tuple[str, str, tuple[str, ...]]
 """Recipe without its task, task, and further flags."""
@@ -208,7 +208,6 @@ def test_a_process_without_memory_ends_the_one_that_waits_in_the_same_pass(place
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     case = CASES["LoRA"]
     flags = [*place.flags(case), "--num_processes", "2", *more, "--output_path", str(tmp_path / "out")]
-    process = launch(flags, place.models(case), tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1, errors
+    code, _, errors = end_of(launch(flags, place.models(case), tmp_path))
+    assert code == 1, errors
     assert errors.count("error: ") == 1 and "has not enough memory for the largest micro-batch" in errors, errors

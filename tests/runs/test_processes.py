@@ -52,10 +52,20 @@ def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[s
     )
 
 
+def end_of(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Wait for what `launch` has started; return its exit code, and what it wrote to stdout and stderr."""
+    try:
+        reported, errors = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, reported, errors
+
+
 def launch_all(flags: list[str], models: Path, folder: Path, accelerate: tuple[str, ...] = ()) -> None:
-    process = launch(flags, models, folder, accelerate)
-    reported, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    code, reported, errors = end_of(launch(flags, models, folder, accelerate))
+    assert code == 0, errors
     assert reported.count("Checkpoint  ") == 1, "one process tells"
     assert "Warning" not in errors and (accelerate or "had defaults used" not in errors), errors
 
