@@ -16,7 +16,7 @@ DATASET=${DATASET:?the folder of the dataset}
 OUTPUT=${OUTPUT:?the folder of the run}
 PROCESSES=${PROCESSES:-8} # on each machine, one for each GPU
 export MASTER_PORT=${MASTER_PORT:-29500}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # not `head`, which may end scontrol by SIGPIPE
 export MASTER_ADDR RECIPE DATASET OUTPUT PROCESSES
 
 # A step of the job on each machine; `--resume auto` continues after a requeue, and `--max_time` saves before the limit.

@@ -115,7 +115,8 @@ GROUPS = [
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("engine", "cases"), GROUPS)
 def test_an_engine_trains_what_one_process_does(place, engine, cases):
-    outputs = {case: place.folder / f"{engine}-{number}-{len(cases)}" for number, case in enumerate(cases)}
+    first = place.output().name
+    outputs = {case: place.folder / f"{first}-{number}" for number, case in enumerate(cases)}
     flags = {output: (*place.flags(case), "--gradient_accumulation_steps", "2") for case, output in outputs.items()}
     place.train_in_two(engine, flags)
     for case, output in outputs.items():
