@@ -208,8 +208,7 @@ def make_plan(
         samples, held_out = _hold_out(parameters, found, samples, reporter)
         steps = _step_plan(parameters, samples, machine.data_parallel, held_out) if samples else None
         previews = plan_previews(parameters, found, training, samples)
-        if found and task.trains:
-            report(*_context_parallel_problems(parameters, found, training, world_size, samples, previews))
+        report(*_context_parallel_problems(parameters, found, training, world_size, samples, previews))
         cache = parameters.cache_path or default_cache_path()
         report(*cache_faults(cache), *probe_problems(parameters))
         fingerprint = _fingerprint(parameters, encoded, None if no_dataset else samples)
@@ -400,13 +399,15 @@ def _check_updates(parameters: Parameters, optimizer: OptimizerChoice, machine: 
 
 def _context_parallel_problems(
     parameters: Parameters,
-    found: ModelPlan,
+    found: ModelPlan | None,
     training: Training | None,
     world_size: int,
     samples: SampleSet | None,
     previews: Sequence[GenerationJob],
 ) -> Iterator[Problem]:
     """Yield why processes cannot compute what the model reads and draws together."""
+    if not (found and TASKS[parameters.task].trains):
+        return
     read = [sample.target.shape for sample in samples.samples] if samples else []
     drawn = [(job.num_frames, job.height, job.width) for job in previews]
     trained = training.components if training else ()
